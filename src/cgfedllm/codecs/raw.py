@@ -1,0 +1,28 @@
+"""`raw`: the float32 values themselves. The reference every ratio is taken against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cgfedllm.adapter import AdapterUpdate, Float32Array
+from cgfedllm.codecs.base import Codec, CodecContext, register
+from cgfedllm.errors import PacketError
+
+
+@register
+class Raw(Codec):
+    """32 bits a parameter, exact."""
+
+    name = "raw"
+    lossless = True
+    summary = "float32 as is: 32 bits a parameter, exact"
+
+    def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
+        return update.vector.astype("<f4", copy=False).tobytes()
+
+    def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
+        if len(payload) != 4 * context.spec.size:
+            raise PacketError(
+                f"raw payload is {len(payload)} bytes, {4 * context.spec.size} are needed"
+            )
+        return np.frombuffer(payload, "<f4").astype(np.float32)

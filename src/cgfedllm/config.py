@@ -1,0 +1,484 @@
+"""One typed configuration tree: TOML in, resolved TOML out, ``--set a.b=c`` on top.
+
+Every key has a default and a description; `cgfedllm run --dry-run` prints the resolved tree.
+This module imports neither torch nor Flower, so a wrong key is reported in no time.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cgfedllm.errors import CodecError, ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+
+EMBEDDED_MODEL = "embedded"
+DEMO_DATA = "demo"
+
+
+class Section(BaseModel):
+    """A table of the configuration: frozen, strict, closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The base model that stays frozen."""
+
+    id: str = EMBEDDED_MODEL
+    """A hub id, a local folder, or "embedded" (SmolLM2-135M-Instruct, ships with the package)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    device: str = "auto"
+    """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N"."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" is float32 on CPU and bfloat16 on GPU. Adapters are trained in float32 always."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the base through bitsandbytes (needs a GPU and the [gpu] extra)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model. Leave off unless you have read that code."""
+
+
+class LoraConfig(Section):
+    """The low-rank adapter (Hu et al., arXiv 2106.09685), made by PEFT."""
+
+    rank: Positive = 8
+    """Rank r of every factor pair."""
+    alpha: PositiveFloat = 16.0
+    """Scale: the weight change is alpha / rank * B A."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input during training."""
+    target_modules: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Names (suffixes) of the linear layers to adapt; ["all-linear"] takes every one."""
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Other ranks for modules whose name matches a pattern."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Other alphas for modules whose name matches a pattern."""
+    freeze_a: bool = False
+    """Train and send B only (FFA-LoRA, Sun et al., arXiv 2403.12313): half the bytes."""
+
+    @model_validator(mode="after")
+    def _targets_given(self) -> LoraConfig:
+        if not self.target_modules:
+            raise ValueError("target_modules must name at least one module")
+        return self
+
+
+class SplitConfig(Section):
+    """How each client's rows are divided, before anything else happens to them."""
+
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each client's rows kept for its own validation."""
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each client's rows kept for its own test."""
+    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of each client's rows pooled into the global held-out set."""
+    max_validation_rows: NonNegative = 64
+    """At most this many validation rows a client, the others go to training; 0: no limit."""
+    max_heldout_rows: NonNegative = 512
+    """At most this many held-out rows in all, the others go to training; 0: no limit."""
+
+    @model_validator(mode="after")
+    def _something_left(self) -> SplitConfig:
+        if self.validation + self.test + self.heldout >= 1:
+            raise ValueError("validation + test + heldout must leave rows for training")
+        return self
+
+
+class PartitionConfig(Section):
+    """Which client gets which rows."""
+
+    kind: Literal["natural", "iid", "dirichlet", "quantity", "files"] = "natural"
+    """natural: one client a value of `column`. iid: equal random shares. dirichlet: label skew
+    (Hsu et al., arXiv 1909.06335) over `column`. quantity: sizes drawn from Dirichlet(alpha).
+    files: one client a file."""
+    clients: Positive | None = None
+    """Number of clients (iid, dirichlet, quantity); natural and files may only be limited."""
+    column: str = "client"
+    """The client column (natural) or the label column (dirichlet)."""
+    alpha: PositiveFloat = 0.5
+    """Concentration for dirichlet and quantity: smaller is more uneven."""
+    min_rows: Positive = 8
+    """Every client must end with at least this many rows."""
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> PartitionConfig:
+        if self.kind in ("iid", "dirichlet", "quantity") and self.clients is None:
+            raise ValueError(f"clients must be set when kind = {self.kind!r}")
+        return self
+
+
+class DataConfig(Section):
+    """Where rows come from and how a row becomes text."""
+
+    source: str = DEMO_DATA
+    """"demo" (docstrings of installed libraries), a file or glob (JSONL, JSON, CSV, Parquet; .gz
+    too), a local data set folder, or a hub id. Relative paths are taken from the config file."""
+    name: str | None = None
+    """Configuration name of a hub data set or local data set folder."""
+    split: str = "train"
+    """Split of a hub data set or local data set folder."""
+    heldout_source: str | None = None
+    """A file of its own for the global held-out set, instead of a share of the clients' rows."""
+    format: Literal["auto", "alpaca", "prompt_completion", "qa", "chat", "text"] = "auto"
+    """Which fields a row has: alpaca (instruction, input, output), prompt_completion (prompt,
+    completion), qa (question, answer), chat (messages), text (text). auto looks at the columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Maps a field of the format to the column that holds it, e.g. {question = "query"}."""
+    template: Literal["chat", "plain"] = "chat"
+    """chat: through the tokenizer's chat template if it has one. plain: a fixed text layout."""
+    system_prompt: str | None = None
+    """System message put before every chat, where the template takes one."""
+    train_on: Literal["answer", "all"] = "answer"
+    """Which tokens carry the loss."""
+    max_length: Positive = 512
+    """Longest sequence in tokens; longer ones are cut, counted and reported."""
+    max_rows: Positive | None = None
+    """Use at most this many rows a client, drawn at random."""
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    """Which client gets which rows."""
+    splits: SplitConfig = Field(default_factory=SplitConfig)
+    """How each client's rows are divided."""
+
+
+class TrainingConfig(Section):
+    """What one client does in one round."""
+
+    local_steps: Positive | None = None
+    """Optimiser steps a round. Set this or local_epochs."""
+    local_epochs: PositiveFloat | None = None
+    """Passes over the client's rows a round. Set this or local_steps."""
+    batch_size: Positive = 8
+    """Rows in one optimiser step."""
+    micro_batch_size: Positive | None = None
+    """Rows in one forward pass; gradients are accumulated up to batch_size. None: batch_size."""
+    batching: Literal["auto", "packed", "padded"] = "auto"
+    """packed: rows laid end to end, no padding, attention kept within each row. padded: rows of
+    like length padded to a rectangle. auto: packed wherever the model's attention allows it."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Local optimiser."""
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.999], min_length=2, max_length=2
+    )
+    """AdamW's decay rates."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD's momentum."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate over the whole run (all rounds)."""
+    warmup_rounds: NonNegativeFloat = 0.0
+    """Rounds (fractions allowed) of linear warm-up from zero."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the gradient of each step to this norm; 0: off."""
+    keep_optimizer: bool = False
+    """Keep each client's optimiser state between rounds (default: fresh every round)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_amount(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not {"local_steps", "local_epochs"} & values.keys():
+            return {**values, "local_steps": 4}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("set either local_steps or local_epochs, not both")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size ({self.micro_batch_size}) must divide "
+                f"batch_size ({self.batch_size})"
+            )
+        return self
+
+
+class StrategyConfig(Section):
+    """Flower's aggregation strategy on the server."""
+
+    name: Literal[
+        "fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox", "median", "trimmed_mean", "krum"
+    ] = "fedavg"
+    """Which of Flower's strategies aggregates the decoded updates."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """fedavgm: server momentum."""
+    lr: PositiveFloat = 0.01
+    """fedadam, fedyogi: the server optimiser's own step size (eta)."""
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.99], min_length=2, max_length=2
+    )
+    """fedadam, fedyogi: decay rates."""
+    tau: PositiveFloat = 1e-3
+    """fedadam, fedyogi: degree of adaptivity."""
+    proximal_mu: NonNegativeFloat = 0.01
+    """fedprox: weight of the proximal term in every client's loss."""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """trimmed_mean: share cut off at each end."""
+    malicious: NonNegative = 1
+    """krum: number of clients assumed to be malicious."""
+
+
+class FederationConfig(Section):
+    """Rounds, sampling, aggregation, and how the federation is run."""
+
+    rounds: Positive = 10
+    """Federated rounds."""
+    fraction_train: PositiveFraction = 1.0
+    """Share of the clients that train in a round."""
+    min_clients: Positive = 1
+    """Fewer usable replies than this and the round is retried, then the run stops."""
+    round_retries: NonNegative = 2
+    """How often a round with too few usable replies is tried again."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of a client in the average."""
+    strategy: StrategyConfig = Field(default_factory=StrategyConfig)
+    """Flower's aggregation strategy."""
+    server_lr: PositiveFloat = 1.0
+    """W_{t+1} = W_t + server_lr * (what the strategy proposes - W_t)."""
+    aggregation: Literal["factors", "product"] = "factors"
+    """factors: A and B are averaged apart (as in the paper). product: the products B A are
+    averaged exactly and factored back to rank r by SVD."""
+    engine: Literal["in-process", "simulation"] = "in-process"
+    """in-process: all clients in this process, sharing one base model. simulation: Flower's Ray
+    engine. Deployment needs no setting here: `flwr run` starts the same apps."""
+    timeout: PositiveFloat = 3600.0
+    """Seconds to wait for the replies of one round."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> FederationConfig:
+        if self.aggregation == "product" and self.strategy.name not in ("fedavg", "fedprox"):
+            raise ValueError(
+                "aggregation = 'product' averages by itself and goes with strategy.name "
+                f"'fedavg' or 'fedprox', not {self.strategy.name!r}"
+            )
+        return self
+
+
+class CodecConfig(Section):
+    """One direction's codec."""
+
+    name: str = "raw"
+    """Name of a registered codec (`cgfedllm codecs` lists them)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The codec's own options."""
+
+    @model_validator(mode="after")
+    def _known_to_the_registry(self) -> CodecConfig:
+        from cgfedllm.codecs import make_codec
+
+        try:
+            make_codec(self.name, self.options)
+        except CodecError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class UplinkConfig(CodecConfig):
+    """From client to server."""
+
+    error_feedback: bool = True
+    """Keep what the codec lost and add it to the next update (Seide et al. 2014; Karimireddy
+    et al., arXiv 1901.09847). No effect on lossless codecs."""
+    error_feedback_decay: Fraction = 1.0
+    """The residual is multiplied by this before it is added."""
+
+
+class EvaluationConfig(Section):
+    """What is measured while the run goes on."""
+
+    every: NonNegative = 1
+    """Evaluate after every so many rounds (and at the start and the end); 0: start and end only."""
+    clients: bool = True
+    """Also evaluate on every client's own validation rows (the clients do it, on their side)."""
+    batch_size: Positive = 16
+    """Rows in one forward pass."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases (needs `pip install wandb`)."""
+    mlflow: bool = False
+    """Log to MLflow (needs `pip install mlflow`)."""
+
+
+class Config(Section):
+    """The whole experiment. Two runs with equal trees give equal results on one machine."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is `output/name`."""
+    output: str = "runs"
+    """Folder that holds the run folders."""
+    seed: NonNegative = 0
+    """Seed of everything random."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(local_steps=4))
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    uplink: UplinkConfig = Field(default_factory=UplinkConfig)
+    downlink: CodecConfig = Field(default_factory=CodecConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if self.lora.freeze_a and self.federation.aggregation == "product":
+            raise ValueError(
+                "lora.freeze_a makes the average of B exact already; "
+                "use federation.aggregation = 'factors' with it"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.output) / self.name
+
+    def to_toml(self) -> str:
+        """The resolved tree as TOML; `load_config` reads it back to an equal tree."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
+        """A copy with dotted keys replaced, validated again.
+
+        Raises
+        ------
+        ConfigError
+            As `load_config`.
+        """
+        tree = self.model_dump(exclude_none=True)
+        for key, value in overrides.items():
+            _set(tree, key, value)
+        return parse_config(tree)
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file (or start from the defaults) and apply ``key=value`` overrides.
+
+    Parameters
+    ----------
+    path : path-like, optional
+        TOML file. Paths inside it are relative to its folder.
+    overrides : iterable of str
+        ``a.b=c``; the value is read as TOML, or as a plain string where that fails.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or not TOML, a key is unknown, a value has the wrong type, or
+        values contradict each other. The message gives the key's full name.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"config file {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {path} cannot be read: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+        _resolve_paths(tree, path.parent)
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set wants key=value, got {item!r}")
+        _set(tree, key.strip(), _parse_value(text.strip()))
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping.
+
+    Raises
+    ------
+    ConfigError
+        As `load_config`.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key with its description."""
+    keys: dict[str, str] = {}
+    for name, info in section.model_fields.items():
+        full = f"{prefix}{name}"
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys.update(known_keys(info.annotation, f"{full}."))
+        else:
+            keys[full] = " ".join((info.description or "").split())
+    return keys
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Make data paths that exist beside the config file absolute, so that it works anywhere."""
+    for section, key in (("data", "source"), ("data", "heldout_source"), ("model", "id")):
+        value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
+        if isinstance(value, str) and not Path(value).is_absolute():
+            base = folder / value
+            if value.startswith((".", "~")) or base.exists():
+                tree[section][key] = str(base.expanduser().resolve())
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{dotted}: {part!r} is a value, not a table")
+    # one amount of local training replaces the other; setting one is not a contradiction
+    if parents == ["training"] and leaf in ("local_steps", "local_epochs"):
+        node.pop("local_epochs" if leaf == "local_steps" else "local_steps", None)
+    node[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    known = known_keys()
+    tables = {key.rsplit(".", 1)[0] for key in known if "." in key}
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = get_close_matches(key, [*known, *tables], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "it is not a key of this program"
+            lines.append(f"{key}: unknown key; {hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = item.get("input")
+            shown = "" if isinstance(got, dict) or got is None else f" (got {got!r})"
+            lines.append(f"{key or 'config'}: {message}{shown}")
+    return "invalid configuration:\n  " + "\n  ".join(lines)

@@ -1,0 +1,124 @@
+"""What a run tells those who watch it. Publishing costs nothing when nobody listens.
+
+The federated program publishes; consoles and trackers subscribe. Events stay in their process:
+on a remote client they reach only listeners there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cgfedllm.metrics import RoundRecord
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """The federation is set up; training starts (or goes on after `resumed_from` rounds)."""
+
+    name: str
+    rounds: int
+    clients: tuple[str, ...]
+    parameters: int
+    """Values in one adapter update."""
+    uplink_codec: str
+    downlink_codec: str
+    resumed_from: int = 0
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    """A round (or the evaluation before the first, round 0) begins."""
+
+    round: int
+    clients: int
+    """How many clients were sampled."""
+
+
+@dataclass(frozen=True)
+class ClientStarted:
+    """A client in this process begins its local training."""
+
+    client: str
+    round: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    """One optimiser step of local or central training."""
+
+    client: str
+    step: int
+    """From 1."""
+    loss: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClientFinished:
+    """A client in this process has trained and encoded."""
+
+    client: str
+    round: int
+    loss: float
+    uplink_bytes: int
+
+
+@dataclass(frozen=True)
+class EvaluationProgress:
+    """Batches evaluated so far on one set of rows."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """A round is aggregated, evaluated and safe on disk."""
+
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something a person should know: a failed client, a retry, rows cut short."""
+
+    text: str
+    level: str = "info"
+    """"info" or "warning"."""
+
+
+Event = (
+    RunStarted
+    | RoundStarted
+    | ClientStarted
+    | StepFinished
+    | ClientFinished
+    | EvaluationProgress
+    | RoundFinished
+    | Notice
+)
+Listener = Callable[[Event], None]
+
+_listeners: list[Listener] = []
+
+
+def publish(event: Event) -> None:
+    """Hand an event to every listener of this process."""
+    for listener in _listeners:
+        listener(event)
+
+
+@contextmanager
+def listening(*listeners: Listener) -> Iterator[None]:
+    """Listeners hear events inside this block."""
+    _listeners.extend(listeners)
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            _listeners.remove(listener)

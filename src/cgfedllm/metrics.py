@@ -1,0 +1,80 @@
+"""What is written down about a run: one record a round, one row a client."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class ClientRecord:
+    """One client's part in one round."""
+
+    client: str
+    examples: int
+    """Rows the client trained on (its weight in the average)."""
+    steps: int
+    tokens: int
+    """Tokens that went through the model in training, padding excluded."""
+    train_loss: float
+    """Mean loss per label token over the round's steps, nats."""
+    update_norm: float
+    """Euclidean norm of the change the client wanted to send."""
+    uplink_bytes: int
+    downlink_bytes: int
+    train_seconds: float
+    encode_seconds: float
+    decode_seconds: float
+    """Server-side decoding of this client's packet plus client-side decoding of the broadcast."""
+
+
+@dataclass
+class FailureRecord:
+    """A reply that could not be used, and why."""
+
+    client: str
+    reason: str
+
+
+@dataclass
+class RoundRecord:
+    """One line of metrics.jsonl. Round 0 is the state before any training."""
+
+    round: int
+    clients: list[ClientRecord] = field(default_factory=list)
+    failures: list[FailureRecord] = field(default_factory=list)
+    attempts: int = 1
+    """How often the round was tried; above 1 after too few usable replies."""
+    uplink_bytes: int = 0
+    """Length of all update packets received this round."""
+    downlink_bytes: int = 0
+    """Length of all adapter packets sent this round, evaluation broadcasts included."""
+    uplink_bytes_total: int = 0
+    downlink_bytes_total: int = 0
+    uplink_bytes_fp32: int = 0
+    """What the same replies would weigh as bare float32."""
+    uplink_bytes_fp32_total: int = 0
+    downlink_bytes_fp32: int = 0
+    """What the same broadcasts would weigh as bare float32."""
+    downlink_bytes_fp32_total: int = 0
+    update_norm: float = 0.0
+    """Norm of the change made to the global adapter."""
+    product_gap: float | None = None
+    """||mean(B A) - mean(B) mean(A)|| / ||mean(B A)||: what averaging the factors apart ignores."""
+    heldout_nll: float | None = None
+    """Negative log-likelihood per label token on the global held-out set, nats."""
+    client_nll: dict[str, float] = field(default_factory=dict)
+    """The same on each client's own validation rows."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time: train, encode, transfer, decode, aggregate, evaluate, checkpoint, total."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> RoundRecord:
+        """Inverse of `to_dict`."""
+        clients = [ClientRecord(**c) for c in row["clients"]]
+        failures = [FailureRecord(**f) for f in row["failures"]]
+        return cls(**{**row, "clients": clients, "failures": failures})
