@@ -1,3 +1,37 @@
-"""Federated fine-tuning of causal language models with very few bytes on the uplink."""
+"""Federated fine-tuning of causal language models with very few bytes on the uplink.
+
+>>> import cgfedllm
+>>> config = cgfedllm.load_config("configs/quickstart.toml")
+>>> result = cgfedllm.run(config)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cgfedllm.api import RunResult, compare, evaluate, export, reference, resume, run
+    from cgfedllm.config import Config, load_config
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "RunResult",
+    "compare",
+    "evaluate",
+    "export",
+    "load_config",
+    "reference",
+    "resume",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes seconds, and `cgfedllm --help` needs none of it."""
+    if name in __all__:
+        module = "cgfedllm.config" if name in ("Config", "load_config") else "cgfedllm.api"
+        return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,10 @@
-"""What travels: the ordered list of LoRA factors (`AdapterSpec`) and one vector of their values.
+r"""What travels: the ordered list of LoRA factors (`AdapterSpec`) and one vector of their values.
 
 ::
 
     AdapterSpec   = (Factor, Factor, ...)            names, layers, shapes, order
     AdapterUpdate = AdapterSpec + one flat float32   [A_0 | B_0 | A_1 | B_1 | ...]
-                                     \\__ views() gives each factor back in its shape, no copy
+                                     \__ views() gives each factor back in its shape, no copy
 """
 
 from __future__ import annotations
@@ -69,6 +69,13 @@ class Factor:
         return math.prod(self.shape)
 
 
+def _factor_from_json(item: object) -> Factor:
+    match item:
+        case [str(name), list(shape)] if all(type(n) is int for n in shape):
+            return Factor.parse(name, shape)
+    raise ValueError(f"this is not one: {item!r}"[:200])
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """The ordered, named factors of an adapter: the one thing both ends must agree on.
@@ -76,7 +83,7 @@ class AdapterSpec:
     Raises
     ------
     AdapterError
-        If there are no factors, a name repeats, or a factor is empty.
+        If there are no factors, a name repeats, or a factor is empty or has a negative size.
     """
 
     factors: tuple[Factor, ...]
@@ -88,7 +95,7 @@ class AdapterSpec:
         if len(set(names)) != len(names):
             twice = sorted({n for n in names if names.count(n) > 1})
             raise AdapterError(f"adapter factors must have distinct names; repeated: {twice}")
-        empty = [factor.name for factor in self.factors if factor.size == 0]
+        empty = [factor.name for factor in self.factors if any(n < 1 for n in factor.shape)]
         if empty:
             raise AdapterError(f"adapter factors must not be empty; empty: {empty}")
 
@@ -99,8 +106,20 @@ class AdapterSpec:
 
     @classmethod
     def from_json(cls, text: str) -> AdapterSpec:
-        """Inverse of `to_json`."""
-        return cls.from_shapes(dict(json.loads(text)))
+        """Inverse of `to_json`.
+
+        Raises
+        ------
+        AdapterError
+            If the text is not a list of ``[name, shape]`` pairs, or they make no spec.
+        """
+        try:
+            factors = tuple(_factor_from_json(item) for item in json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise AdapterError(
+                f"not an adapter spec: a JSON list of [name, shape] pairs is needed ({error})"
+            ) from None
+        return cls(factors)
 
     def to_json(self) -> str:
         """Canonical text: a list of ``[name, shape]`` pairs."""

@@ -6,6 +6,7 @@ This module imports neither torch nor Flower, so a wrong key is reported in no t
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cgfedllm.errors import CodecError, ConfigError
 
@@ -26,6 +35,7 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 
 EMBEDDED_MODEL = "embedded"
 DEMO_DATA = "demo"
+_PATH_KEYS = ("data.source", "data.heldout_source", "model.id")
 
 
 class Section(BaseModel):
@@ -135,7 +145,9 @@ class DataConfig(Section):
     split: str = "train"
     """Split of a hub data set or local data set folder."""
     heldout_source: str | None = None
-    """A file of its own for the global held-out set, instead of a share of the clients' rows."""
+    """A source of its own for the global held-out set, instead of a share of the clients' rows."""
+    heldout_split: str = "test"
+    """Split of heldout_source, where that is a hub data set or a local data set folder."""
     format: Literal["auto", "alpaca", "prompt_completion", "qa", "chat", "text"] = "auto"
     """Which fields a row has: alpaca (instruction, input, output), prompt_completion (prompt,
     completion), qa (question, answer), chat (messages), text (text). auto looks at the columns."""
@@ -256,18 +268,15 @@ class FederationConfig(Section):
     aggregation: Literal["factors", "product"] = "factors"
     """factors: A and B are averaged apart (as in the paper). product: the products B A are
     averaged exactly and factored back to rank r by SVD."""
-    engine: Literal["in-process", "simulation"] = "in-process"
-    """in-process: all clients in this process, sharing one base model. simulation: Flower's Ray
-    engine. Deployment needs no setting here: `flwr run` starts the same apps."""
     timeout: PositiveFloat = 3600.0
     """Seconds to wait for the replies of one round."""
 
     @model_validator(mode="after")
     def _combinations(self) -> FederationConfig:
-        if self.aggregation == "product" and self.strategy.name not in ("fedavg", "fedprox"):
+        if self.aggregation == "product" and self.strategy.name != "fedavg":
             raise ValueError(
-                "aggregation = 'product' averages by itself and goes with strategy.name "
-                f"'fedavg' or 'fedprox', not {self.strategy.name!r}"
+                "aggregation = 'product' is an average of its own and goes with strategy.name "
+                f"'fedavg', not {self.strategy.name!r}"
             )
         return self
 
@@ -277,18 +286,31 @@ class CodecConfig(Section):
 
     name: str = "raw"
     """Name of a registered codec (`cgfedllm codecs` lists them)."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     """The codec's own options."""
 
-    @model_validator(mode="after")
-    def _known_to_the_registry(self) -> CodecConfig:
+    @field_validator("name")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        from cgfedllm.codecs import codec_class
+
+        try:
+            codec_class(name)
+        except CodecError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _taken_by_the_codec(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         from cgfedllm.codecs import make_codec
 
         try:
-            make_codec(self.name, self.options)
+            if "name" in info.data:  # otherwise the name is refused already
+                make_codec(info.data["name"], options)
         except CodecError as error:
             raise ValueError(str(error)) from None
-        return self
+        return options
 
 
 class UplinkConfig(CodecConfig):
@@ -382,7 +404,8 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     path : path-like, optional
         TOML file. Paths inside it are relative to its folder.
     overrides : iterable of str
-        ``a.b=c``; the value is read as TOML, or as a plain string where that fails.
+        ``a.b=c``; the value is read as TOML, or as a plain string where that fails. Paths are
+        relative to the working folder.
 
     Raises
     ------
@@ -401,12 +424,16 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             raise ConfigError(f"config file {path} cannot be read: {error}") from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
-        _resolve_paths(tree, path.parent)
+        for key in _PATH_KEYS:
+            _resolve_path(tree, key, path.parent)
     for item in overrides:
         key, separator, text = item.partition("=")
-        if not separator or not key.strip():
+        key = key.strip()
+        if not separator or not key:
             raise ConfigError(f"--set wants key=value, got {item!r}")
-        _set(tree, key.strip(), _parse_value(text.strip()))
+        _set(tree, key, _parse_value(text.strip()))
+        if key in _PATH_KEYS:
+            _resolve_path(tree, key, Path.cwd())
     return parse_config(tree)
 
 
@@ -436,21 +463,36 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
     return keys
 
 
-def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    """Make data paths that exist beside the config file absolute, so that it works anywhere."""
-    for section, key in (("data", "source"), ("data", "heldout_source"), ("model", "id")):
-        value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
-        if isinstance(value, str) and not Path(value).is_absolute():
-            base = folder / value
-            if value.startswith((".", "~")) or base.exists():
-                tree[section][key] = str(base.expanduser().resolve())
+def _resolve_path(tree: dict[str, Any], dotted: str, folder: Path) -> None:
+    """Make a path absolute if it says it is one or is there, so that the tree works anywhere."""
+    section, key = dotted.split(".")
+    table = tree.get(section)
+    value = table.get(key) if isinstance(table, dict) else None
+    if not isinstance(value, str) or value in (EMBEDDED_MODEL, DEMO_DATA):
+        return
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:  # ~name of somebody unknown here
+        raise ConfigError(f"{dotted}: {value!r}: {error}") from None
+    if value.startswith((".", "~")) or _is_there(folder, path):
+        tree[section][key] = os.path.abspath(folder / path)  # noqa: PTH100  # keeps symlinks
+
+
+def _is_there(folder: Path, path: Path) -> bool:
+    try:
+        if (folder / path).exists():
+            return True
+        return not path.is_absolute() and "*" in str(path) and any(folder.glob(str(path)))
+    except (OSError, ValueError):  # too long, holds a NUL, a pattern glob does not take
+        return False
 
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        tree = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return tree["value"] if len(tree) == 1 else text  # a line break in it started another key
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -473,12 +515,19 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            near = get_close_matches(key, [*known, *tables], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "it is not a key of this program"
-            lines.append(f"{key}: unknown key; {hint}")
+            lines.append(f"{key}: unknown key; {_nearest(key, [*known, *sorted(tables)])}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = item.get("input")
             shown = "" if isinstance(got, dict) or got is None else f" (got {got!r})"
             lines.append(f"{key or 'config'}: {message}{shown}")
     return "invalid configuration:\n  " + "\n  ".join(lines)
+
+
+def _nearest(key: str, candidates: list[str]) -> str:
+    """Point at the key that was probably meant: the same name further down, or a like spelling."""
+    table, dot, leaf = key.rpartition(".")
+    below = [c for c in candidates if c.startswith(table + dot) and c.rpartition(".")[2] == leaf]
+    siblings = [c for c in candidates if c.rpartition(".")[0] == table]
+    near = get_close_matches(key, below or siblings, n=1, cutoff=0.0 if below else 0.6)
+    return f"did you mean {near[0]!r}?" if near else f"keys there: {', '.join(siblings)}"

@@ -13,7 +13,6 @@ feedback, lives in `feedback.py` and goes around any codec.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
@@ -22,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
-from cgfedllm.codecs.packet import NO_STATE, Packet
+from cgfedllm.codecs.packet import HEADER_SIZE, MAX_UINT32, NAME_SIZE, NO_STATE, Packet
 from cgfedllm.errors import CodecError, PacketError
 
 
@@ -60,13 +59,18 @@ class CodecContext:
     spec : AdapterSpec
         The adapter the update belongs to; the decoder allocates from it.
     round : int
-        Federated round, from 1.
+        Federated round, from 1; 0 is the start. Fits 32 bits.
     seed : int
         Common seed for codecs that draw numbers both ends must share.
     state : CodecState
         State of a learned codec; empty for the others.
     previous : ndarray or None, shape (spec.size,)
         The previous aggregated update, where both ends hold it.
+
+    Raises
+    ------
+    CodecError
+        If the round does not fit a packet.
     """
 
     spec: AdapterSpec
@@ -74,6 +78,10 @@ class CodecContext:
     seed: int = 0
     state: CodecState = field(default_factory=CodecState)
     previous: Float32Array | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.round <= MAX_UINT32:
+            raise CodecError(f"round {self.round} does not fit a packet (0 to 2^32 - 1)")
 
 
 class Codec(ABC):
@@ -111,7 +119,8 @@ class Codec(ABC):
         Raises
         ------
         CodecError
-            If the update belongs to another adapter or holds NaN or infinity.
+            If the update belongs to another adapter, holds NaN or infinity, or needs more than
+            a packet holds (4 GiB).
         """
         if update.spec.hash != context.spec.hash:
             raise CodecError(f"{self.name}: the update belongs to another adapter than the context")
@@ -120,6 +129,12 @@ class Codec(ABC):
                 f"{self.name}: the update holds NaN or infinity; lower the learning rate or set "
                 "training.max_grad_norm"
             )
+        payload = self._encode(update, context)
+        if max(len(payload), context.spec.size) > MAX_UINT32:
+            raise CodecError(
+                f"{self.name}: {len(payload)} bytes for {context.spec.size} parameters are more "
+                "than one packet holds (4 GiB); lower the rank or choose a smaller codec"
+            )
         return Packet(
             codec=self.name,
             codec_version=self.version,
@@ -127,7 +142,7 @@ class Codec(ABC):
             state_hash=context.state.hash,
             round=context.round,
             parameters=context.spec.size,
-            payload=self._encode(update, context),
+            payload=payload,
         ).to_bytes()
 
     def decode(self, blob: bytes, context: CodecContext) -> AdapterUpdate:
@@ -153,6 +168,11 @@ class Codec(ABC):
             round=context.round,
             parameters=context.spec.size,
         )
+        size = self.payload_size(context.spec)
+        if size is not None and len(packet.payload) != size:
+            raise PacketError(
+                f"{self.name}: payload is {len(packet.payload)} bytes, this adapter needs {size}"
+            )
         vector = self._decode(packet.payload, context)
         if vector.dtype != np.float32 or vector.shape != (context.spec.size,):
             raise PacketError(
@@ -163,13 +183,31 @@ class Codec(ABC):
             raise PacketError(f"{self.name}: payload decodes to NaN or infinity")
         return AdapterUpdate(context.spec, vector)
 
+    def packet_size(self, spec: AdapterSpec) -> int | None:
+        """Length of every packet for this adapter in bytes, header included.
+
+        None for codecs whose packets depend on the values.
+        """
+        payload = self.payload_size(spec)
+        return None if payload is None else HEADER_SIZE + payload
+
+    def payload_size(self, spec: AdapterSpec) -> int | None:
+        """Length of every payload for this adapter in bytes, where the spec alone decides it.
+
+        Codecs that give a number are never handed a payload of another length to decode.
+        """
+        return None
+
     @abstractmethod
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
         """Payload for one update."""
 
     @abstractmethod
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
-        """Flat float32 vector from one payload; raises PacketError if it does not fit."""
+        """Flat float32 vector from one payload; raises PacketError if it does not fit.
+
+        The payload may hold anything: the checksum is no proof of who wrote it.
+        """
 
 
 _REGISTRY: dict[str, type[Codec]] = {}
@@ -178,6 +216,10 @@ C = TypeVar("C", bound=type[Codec])
 
 def register(codec: C) -> C:
     """Class decorator: make a codec known under its name; a name is taken once."""
+    if not codec.name.isascii() or not 1 <= len(codec.name) <= NAME_SIZE:
+        raise CodecError(
+            f"codec name {codec.name!r} does not fit a packet: 1 to {NAME_SIZE} ASCII characters"
+        )
     if codec.name in _REGISTRY:
         raise CodecError(f"a codec named {codec.name!r} is registered already")
     _REGISTRY[codec.name] = codec
@@ -223,5 +265,3 @@ def make_codec(name: str, options: dict[str, Any] | None = None) -> Codec:
         raise CodecError(
             f"codec {name!r}, option {where!r}: {first['msg']} (options it has: {known})"
         ) from None
-
-

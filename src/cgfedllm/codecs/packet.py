@@ -25,6 +25,8 @@ from cgfedllm.errors import PacketError
 MAGIC = b"CGFP"
 FORMAT_VERSION = 1
 HEADER_SIZE = 52
+NAME_SIZE = 12
+MAX_UINT32 = 2**32 - 1
 NO_STATE = bytes(8)
 
 _FIELDS = struct.Struct("<4sBBH12s8s8sIII")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cgfedllm.adapter import AdapterUpdate, Float32Array
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.errors import PacketError
 
 
 @register
@@ -17,12 +16,12 @@ class Raw(Codec):
     lossless = True
     summary = "float32 as is: 32 bits a parameter, exact"
 
+    def payload_size(self, spec: AdapterSpec) -> int:
+        """Four bytes a parameter."""
+        return 4 * spec.size
+
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
         return update.vector.astype("<f4", copy=False).tobytes()
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
-        if len(payload) != 4 * context.spec.size:
-            raise PacketError(
-                f"raw payload is {len(payload)} bytes, {4 * context.spec.size} are needed"
-            )
         return np.frombuffer(payload, "<f4").astype(np.float32)

@@ -1,0 +1,169 @@
+"""From the configuration to every client's rows: the one call the rest of the program makes.
+
+::
+
+    sources --> blank rows out --> partition --> splits --> ClientData x N + held-out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cgfedllm.config import DEMO_DATA, DataConfig
+from cgfedllm.data.formats import parse_row
+from cgfedllm.data.partition import partition_rows
+from cgfedllm.data.rows import Row, SourceFile
+from cgfedllm.data.sources import load_sources
+from cgfedllm.data.splits import content_key, draw_order, split_rows
+from cgfedllm.errors import DataError
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's rows.
+
+    Parameters
+    ----------
+    name : str
+        Safe as a file name, unique in the federation.
+    train, validation, test : list of Row
+        Rows as they were read; no row is in two of them.
+    """
+
+    name: str
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+class ClientSizes(NamedTuple):
+    """One line of the table of clients."""
+
+    client: str
+    train: int
+    validation: int
+    test: int
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """All clients' rows, and the held-out rows nobody trains on.
+
+    Parameters
+    ----------
+    clients : tuple of ClientData
+        Sorted by name.
+    heldout : list of Row
+        Distinct rows that are in no part of any client.
+    notes : tuple of str
+        What happened on the way that a reader of results should know, one sentence each.
+    """
+
+    clients: tuple[ClientData, ...]
+    heldout: list[Row]
+    notes: tuple[str, ...]
+
+    def describe(self) -> list[ClientSizes]:
+        """Numbers of rows, a line a client."""
+        return [
+            ClientSizes(c.name, len(c.train), len(c.validation), len(c.test)) for c in self.clients
+        ]
+
+
+def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
+    """Read, clean, partition and split the data of a run.
+
+    Parameters
+    ----------
+    config : DataConfig
+        Where rows come from and who gets them.
+    seed : int
+        Seed of the run; equal seeds and files give equal data.
+
+    Raises
+    ------
+    DataError
+        If the source cannot be read, rows do not have the columns of the format, the partition
+        cannot be made, or a client is left without a training row.
+    """
+    if config.heldout_source == DEMO_DATA:
+        raise DataError("data.heldout_source cannot be the demo; leave it out")
+    notes: list[str] = []
+    rows, files, keys = _usable(load_sources(config), config, notes)
+    heldout, reserved = _external_heldout(config, seed, notes)
+    partition = partition_rows(rows, files, config, seed)
+    if partition.clients_left_out:
+        notes.append(
+            f"{partition.clients_left_out} smaller clients left out (data.partition.clients)"
+        )
+    if partition.rows_left_out:
+        notes.append(f"{partition.rows_left_out} rows left out by those limits")
+    split = split_rows(partition.clients, keys, config.splits, seed, reserved=reserved)
+    if split.copies:
+        notes.append(f"{split.copies} rows dropped: copies of rows kept for evaluation")
+    if split.reserved:
+        notes.append(f"{split.reserved} rows dropped: they are in data.heldout_source")
+    empty = [name for name, parts in split.clients.items() if not parts.train]
+    if empty:
+        raise DataError(
+            f"client {empty[0]!r} has no training rows left of "
+            f"{len(partition.clients[empty[0]])}: the others are kept for evaluation somewhere or "
+            "are copies of such rows; give it more distinct rows or lower data.splits"
+        )
+    clients = tuple(
+        ClientData(
+            name,
+            train=[rows[number] for number in parts.train],
+            validation=[rows[number] for number in parts.validation],
+            test=[rows[number] for number in parts.test],
+        )
+        for name, parts in split.clients.items()
+    )
+    if heldout is None:
+        heldout = [rows[number] for number in split.heldout]
+    return FederatedData(clients, heldout, tuple(notes))
+
+
+def _usable(
+    files: Sequence[SourceFile], config: DataConfig, notes: list[str]
+) -> tuple[list[Row], list[str], list[bytes]]:
+    """Rows that say something, the stem of each one's file, and its content key."""
+    rows, stems, keys = [], [], []
+    for file in files:
+        for number, row in enumerate(file.rows, start=1):
+            try:
+                content = parse_row(row, config)
+            except DataError as error:
+                raise DataError(f"{file.name}, row {number}: {error}") from None
+            if content is not None:
+                rows.append(row)
+                stems.append(file.stem)
+                keys.append(content_key(content))
+    blank = sum(len(file.rows) for file in files) - len(rows)
+    if blank:
+        notes.append(f"{blank} rows dropped: prompt, answer or text is blank")
+    if not rows:
+        raise DataError(f"every row of {files[0].name} is blank; check data.columns")
+    return rows, stems, keys
+
+
+def _external_heldout(
+    config: DataConfig, seed: int, notes: list[str]
+) -> tuple[list[Row] | None, frozenset[bytes] | None]:
+    """Rows of `heldout_source` within the limit, and the keys of all of them."""
+    if config.heldout_source is None:
+        return None, None
+    files = load_sources(config, source=config.heldout_source, split=config.heldout_split)
+    rows, _, keys = _usable(files, config, notes)
+    distinct = list({key: number for number, key in reversed(list(enumerate(keys)))}.values())
+    distinct.sort()
+    limit = config.splits.max_heldout_rows or len(distinct)
+    order = draw_order([keys[number] for number in distinct], seed)[:limit]
+    if len(order) < len(rows):
+        notes.append(
+            f"{len(order)} of {len(rows)} rows of data.heldout_source used "
+            "(distinct ones, up to data.splits.max_heldout_rows)"
+        )
+    return [rows[distinct[position]] for position in sorted(order)], frozenset(keys)

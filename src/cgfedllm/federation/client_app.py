@@ -1,0 +1,250 @@
+"""The one ClientApp: train and evaluate on this client's rows, whatever engine calls it.
+
+::
+
+    message --[compression mod]-- adapter --> train  --> adapter, metrics --[mod]-- packet --> reply
+                decode broadcast                            subtract, add residual, encode
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from cgfedllm import __version__, events
+from cgfedllm.adapter import AdapterUpdate
+from cgfedllm.codecs import CodecContext
+from cgfedllm.codecs.feedback import encode_with_feedback
+from cgfedllm.data import ClientData
+from cgfedllm.errors import DataError, PacketError, ReferenceMissingError
+from cgfedllm.evaluation.nll import evaluate_nll
+from cgfedllm.federation.client_state import ClientState
+from cgfedllm.federation.downlink import Broadcast, receive
+from cgfedllm.federation.messages import (
+    ARRAYS,
+    CONFIG,
+    KIND,
+    METRICS,
+    NUM_EXAMPLES,
+    REFERENCE_MISSING,
+    STATUS,
+    VERSION,
+    adapter_of,
+    adapter_record,
+    packet_limit,
+    packet_of,
+    packet_record,
+)
+from cgfedllm.workspace import Workspace, workspace_for
+from cgfedllm.training.optim import OptimizerState
+
+# where `train` leaves optimiser moments for `compression`, in Flower's scratchpad for mods
+_MOMENTS = "optimizer-moments"
+
+ClientFunction = Callable[[Message, Context], Message]
+
+
+@dataclass
+class ClientSession:
+    """One client's view while it handles one message."""
+
+    workspace: Workspace
+    data: ClientData
+    state: ClientState
+
+
+def open_session(context: Context) -> ClientSession:
+    """Find out from a Flower context which client this is.
+
+    The run's configuration comes in ``run_config``, the partition in ``node_config``; a node may
+    set ``state-dir`` to keep its memory elsewhere than below the run folder.
+
+    Raises
+    ------
+    DataError
+        If the node was not given a partition.
+    """
+    workspace = workspace_for(
+        str(context.run_config["config"]), str(context.run_config["run-dir"])
+    )
+    partition = context.node_config.get("partition-id")
+    if partition is None:
+        raise DataError(
+            "this node has no partition-id; start it with --node-config 'partition-id=0'"
+        )
+    data = workspace.client(int(partition))
+    folder = context.node_config.get("state-dir")
+    root = Path(str(folder)) if folder else workspace.run_dir / "clients"
+    return ClientSession(workspace, data, ClientState(root / data.name, workspace.spec))
+
+
+def compression(message: Message, context: Context, call_next: ClientFunction) -> Message:
+    """Flower mod: broadcast in, packet out. Put it first, so that it is outermost.
+
+    What clipping or noising mods inside it do is coded like any other change.
+    """
+    if message.metadata.message_type.split(".")[0] not in ("train", "evaluate"):
+        return call_next(message, context)
+    session = open_session(context)
+    began = time.perf_counter()
+    try:
+        adapter = _receive(session, message.content)
+    except ReferenceMissingError:
+        status = RecordDict({CONFIG: ConfigRecord({STATUS: REFERENCE_MISSING})})
+        return Message(status, reply_to=message)
+    decode_seconds = time.perf_counter() - began
+    config = message.content.config_records[CONFIG]
+    message.content = RecordDict({ARRAYS: adapter_record(adapter), CONFIG: config})
+    reply = call_next(message, context)
+    if ARRAYS in reply.content.array_records:
+        moments = context.state.pop(_MOMENTS, None)
+        optimizer = None if moments is None else _arrays(moments)
+        _send(session, reply.content, adapter, _round(config), decode_seconds, optimizer)
+    return reply
+
+
+def train(message: Message, context: Context) -> Message:
+    """Train the received adapter on this client's rows for one round."""
+    session = open_session(context)
+    workspace, name = session.workspace, session.data.name
+    config = message.content.config_records[CONFIG]
+    round_ = _round(config)
+    start = adapter_of(workspace.spec, message.content.array_records[ARRAYS])
+    keep = workspace.config.training.keep_optimizer
+    result = workspace.trainer.train(
+        start,
+        workspace.examples(session.data, "train"),
+        client=name,
+        round=round_,
+        proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+        optimizer_state=session.state.optimizer(round_) if keep else None,
+    )
+    if result.optimizer_state is not None:
+        moments = {key: Array(values) for key, values in result.optimizer_state.items()}
+        context.state[_MOMENTS] = ArrayRecord(moments)
+    metrics = MetricRecord(
+        {
+            NUM_EXAMPLES: len(workspace.examples(session.data, "train")),
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "train-loss": result.loss,
+            "train-seconds": result.seconds,
+        }
+    )
+    trained = adapter_record(result.adapter)
+    return Message(RecordDict({ARRAYS: trained, METRICS: metrics}), reply_to=message)
+
+
+def evaluate(message: Message, context: Context) -> Message:
+    """Negative log-likelihood of the received adapter on this client's validation rows."""
+    session = open_session(context)
+    workspace = session.workspace
+    examples = workspace.examples(session.data, "validation")
+    result = evaluate_nll(
+        workspace.model,
+        adapter_of(workspace.spec, message.content.array_records[ARRAYS]),
+        examples,
+        packed=workspace.packed,
+        batch_size=workspace.config.evaluation.batch_size,
+        what=session.data.name,
+    )
+    metrics = MetricRecord({NUM_EXAMPLES: len(examples), "label-tokens": result.label_tokens})
+    if result.label_tokens:
+        metrics["nll"] = result.nll
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+
+def hello(message: Message, context: Context) -> Message:
+    """Tell the server who this is and what it runs, before any training."""
+    session = open_session(context)
+    about = ConfigRecord(
+        {
+            "client": session.data.name,
+            "rows": len(session.data.train),
+            "spec": session.workspace.spec.hash.hex(),
+            "release": __version__,
+        }
+    )
+    return Message(RecordDict({CONFIG: about}), reply_to=message)
+
+
+def make_client_app() -> ClientApp:
+    """The ClientApp, with compression outermost."""
+    app = ClientApp()
+    app.train(mods=[compression])(train)
+    app.evaluate(mods=[compression])(evaluate)
+    app.query()(hello)
+    return app
+
+
+def _receive(session: ClientSession, content: RecordDict) -> AdapterUpdate:
+    workspace, spec = session.workspace, session.workspace.spec
+    config = content.config_records.get(CONFIG)
+    if config is None or KIND not in config or VERSION not in config:
+        raise PacketError("the message carries no broadcast; is the server another app?")
+    kind, version = str(config[KIND]), int(config[VERSION])  # type: ignore[arg-type]
+    if kind not in ("full", "increment", "hold"):
+        raise PacketError(f"broadcast kind {kind!r} is not known here")
+    blob = b"" if kind == "hold" else packet_of(content, limit=packet_limit(spec))
+    base_version = {"full": None, "increment": version - 1, "hold": version}[kind]
+    base = None if base_version is None else session.state.reference(base_version)
+    broadcast = Broadcast(kind, version, blob)  # type: ignore[arg-type]
+    adapter = receive(broadcast, workspace.downlink, spec, workspace.config.seed, base)
+    if kind != "hold":
+        session.state.save_reference(version, adapter)
+    return adapter
+
+
+def _send(
+    session: ClientSession,
+    content: RecordDict,
+    start: AdapterUpdate,
+    round: int,
+    decode_seconds: float,
+    optimizer: OptimizerState | None,
+) -> None:
+    """Replace the trained adapter in a reply by the packet of its change."""
+    workspace, name = session.workspace, session.data.name
+    spec, uplink = workspace.spec, workspace.config.uplink
+    trained = adapter_of(spec, content.array_records[ARRAYS])
+    began = time.perf_counter()
+    feedback = uplink.error_feedback and not workspace.uplink.lossless
+    update = trained - start
+    encoded = encode_with_feedback(
+        workspace.uplink,
+        update,
+        CodecContext(spec, round, workspace.config.seed),
+        residual=session.state.residual(round) if feedback else None,
+        decay=uplink.error_feedback_decay,
+        enabled=feedback,
+    )
+    encode_seconds = time.perf_counter() - began
+    # residual and moments go into one file: a round's memory is complete or absent
+    session.state.save_memory(round, residual=encoded.residual, optimizer=optimizer)
+    metrics = content.metric_records[METRICS]
+    metrics["update-norm"] = update.norm()
+    metrics["encode-seconds"] = encode_seconds
+    metrics["decode-seconds"] = decode_seconds
+    content[ARRAYS] = packet_record(encoded.packet)
+    events.publish(
+        events.ClientFinished(
+            name, round, float(metrics["train-loss"]), len(encoded.packet)  # type: ignore[arg-type]
+        )
+    )
+
+
+def _arrays(record: ArrayRecord) -> OptimizerState:
+    return {key: np.asarray(array.numpy(), np.float32) for key, array in record.items()}
+
+
+def _round(config: ConfigRecord) -> int:
+    return int(config["server-round"])  # type: ignore[arg-type]
+
+
+app = make_client_app()

@@ -1,0 +1,72 @@
+"""How adapters and packets sit in Flower messages: one array a message, always."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.errors import PacketError
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+NUM_EXAMPLES = "num-examples"
+
+PACKET = "packet"
+PACKET_STYPE = "cgfedllm.packet"
+
+# one blob of a given size crosses TLS several times faster than the same bytes in pieces,
+# so a packet is one Array with a serialisation type of our own
+KIND, VERSION = "broadcast-kind", "broadcast-version"
+STATUS, REFERENCE_MISSING = "status", "reference-missing"
+
+
+def packet_record(blob: bytes) -> ArrayRecord:
+    """An ArrayRecord that carries one packet and nothing else."""
+    array = Array(dtype="uint8", shape=(len(blob),), stype=PACKET_STYPE, data=blob)
+    return ArrayRecord({PACKET: array})
+
+
+def packet_of(content: RecordDict, *, limit: int) -> bytes:
+    """The packet in a message.
+
+    Parameters
+    ----------
+    limit : int
+        Longest packet that can make sense, in bytes.
+
+    Raises
+    ------
+    PacketError
+        If there is no packet, it is more than one array, or it is longer than `limit`.
+    """
+    record = content.array_records.get(ARRAYS)
+    if record is None or set(record) != {PACKET} or record[PACKET].stype != PACKET_STYPE:
+        raise PacketError("the message does not carry one packet; is it from another app?")
+    blob = record[PACKET].data
+    if len(blob) > limit:
+        raise PacketError(f"packet of {len(blob)} bytes; more than {limit} cannot be right here")
+    return blob
+
+
+def packet_limit(spec: AdapterSpec) -> int:
+    """Longest packet worth reading: twice the float32 values, and room for headers."""
+    return 8 * spec.size + 65536
+
+
+def adapter_record(adapter: AdapterUpdate) -> ArrayRecord:
+    """Named arrays, as any Flower strategy or client expects them."""
+    return ArrayRecord({name: Array(view) for name, view in adapter.views().items()})
+
+
+def adapter_of(spec: AdapterSpec, record: ArrayRecord) -> AdapterUpdate:
+    """Inverse of `adapter_record`.
+
+    Raises
+    ------
+    AdapterError
+        If the arrays are not those of the spec.
+    """
+    arrays = {name: np.asarray(array.numpy(), np.float32) for name, array in record.items()}
+    return AdapterUpdate.from_arrays(spec, arrays)

@@ -1,0 +1,491 @@
+"""The one ServerApp: rounds, checkpoints, evaluation, whatever engine carries the messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from cgfedllm import __version__, events
+from cgfedllm.adapter import AdapterUpdate
+from cgfedllm.errors import CgFedLlmError, FederationError
+from cgfedllm.evaluation.nll import evaluate_nll
+from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from cgfedllm.federation.downlink import Broadcaster
+from cgfedllm.interrupt import check_interrupt
+from cgfedllm.federation.messages import (
+    CONFIG,
+    METRICS,
+    REFERENCE_MISSING,
+    STATUS,
+    adapter_of,
+    adapter_record,
+)
+from cgfedllm.federation.strategies import make_strategy, restore_strategy, strategy_state
+from cgfedllm.federation.strategy import CompressedStrategy, Received, RoundTally
+from cgfedllm.workspace import Workspace, workspace_for
+from cgfedllm.metrics import ClientRecord, FailureRecord, RoundRecord
+from cgfedllm.peft_format import save_adapter
+from cgfedllm.runs import RunFolder
+
+_POLL_SECONDS = 0.5
+
+
+class Directory:
+    """Who is behind which node id. Names, not ids, decide order and sampling.
+
+    Node ids differ from engine to engine and from start to start; client names do not.
+    """
+
+    def __init__(self, grid: Grid, spec_hash: str, timeout: float) -> None:
+        self._grid = grid
+        self._spec_hash = spec_hash
+        self._timeout = timeout
+        self._names: dict[int, str] = {}
+        self._refused: set[int] = set()
+
+    def refresh(self) -> None:
+        """Greet nodes not met before; those that run something else are left out, with a word."""
+        new = [
+            node
+            for node in self._grid.get_node_ids()
+            if node not in self._names and node not in self._refused
+        ]
+        messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, "query") for node in new]
+        for reply in receive(self._grid, messages, self._timeout):
+            node = reply.metadata.src_node_id
+            try:
+                self._names[node] = self._accept(reply)
+            except CgFedLlmError as error:
+                self._refused.add(node)
+                events.publish(events.Notice(f"node {node} is left out: {error}", "warning"))
+
+    def name(self, node: int) -> str:
+        """Name of the client on a node."""
+        return self._names.get(node, f"node {node}")
+
+    def nodes(self) -> list[int]:
+        """Nodes of all accepted clients, ordered by client name."""
+        return sorted(self._names, key=self._names.__getitem__)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all accepted clients, in order."""
+        return tuple(self._names[node] for node in self.nodes())
+
+    def _accept(self, reply: Message) -> str:
+        if reply.has_error():
+            raise FederationError(reply.error.reason or "it answered with an error")
+        about = reply.content.config_records[CONFIG]
+        name = str(about["client"])
+        if about["release"] != __version__:
+            raise FederationError(f"{name} runs release {about['release']}, not {__version__}")
+        if about["spec"] != self._spec_hash:
+            raise FederationError(
+                f"{name} has another adapter (other base model, rank or target modules)"
+            )
+        if name in self._names.values():
+            raise FederationError(f"a client named {name!r} is connected already")
+        return name
+
+
+class NamedGrid(Grid):
+    """A grid that shows only accepted clients, in the order of their names."""
+
+    def __init__(self, grid: Grid, directory: Directory) -> None:
+        self._grid = grid
+        self._directory = directory
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Accepted nodes, ordered by client name."""
+        return self._directory.nodes()
+
+    def set_run(self, run: object) -> None:
+        """Not needed: the engine has set its run already."""
+
+    @property
+    def run(self):  # type: ignore[no-untyped-def]
+        """The engine's run."""
+        return self._grid.run
+
+    def create_message(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """As the engine does."""
+        return self._grid.create_message(*args, **kwargs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the engine does."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the engine does."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """As the engine does."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+def receive(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+    """Send messages and yield replies as they come, until all are in or time is up.
+
+    Raises
+    ------
+    RunInterrupted
+        Between two replies, if a stop was requested.
+    """
+    pending = dict.fromkeys(grid.push_messages(messages))
+    deadline = time.monotonic() + timeout
+    while pending and time.monotonic() < deadline:
+        check_interrupt()
+        replies = list(grid.pull_messages(list(pending)))
+        for reply in replies:
+            pending.pop(reply.metadata.reply_to_message_id, None)
+            yield reply
+        if not replies:
+            time.sleep(_POLL_SECONDS)
+
+
+class Server:
+    """One federated run, from the first broadcast to the saved adapter.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any engine's.
+    workspace : Workspace
+        Configuration, model and data on the server's side.
+    """
+
+    def __init__(self, grid: Grid, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._config = workspace.config
+        self._folder = RunFolder(workspace.run_dir)
+        federation = self._config.federation
+        spec = workspace.spec
+        self._directory = Directory(grid, spec.hash.hex(), federation.timeout)
+        self._grid = NamedGrid(grid, self._directory)
+        self._broadcaster = Broadcaster(spec, workspace.downlink, self._config.seed)
+        self._strategy = CompressedStrategy(
+            make_strategy(federation, spec),
+            spec=spec,
+            uplink=workspace.uplink,
+            broadcaster=self._broadcaster,
+            seed=self._config.seed,
+            weighting=federation.weighting,
+            client_name=self._directory.name,
+        )
+        self._adapter = workspace.start
+        self._record = RoundRecord(round=0)
+
+    def run(self) -> None:
+        """Run (or resume) to the last round and save the adapter.
+
+        Raises
+        ------
+        FederationError
+            If too few clients give usable replies.
+        RunInterrupted
+            If a stop was requested.
+        """
+        done = self._restore()
+        self._wait_for_clients()
+        events.publish(
+            events.RunStarted(
+                name=self._config.name,
+                rounds=self._config.federation.rounds,
+                clients=self._directory.names(),
+                parameters=self._workspace.spec.size,
+                uplink_codec=self._config.uplink.name,
+                downlink_codec=self._config.downlink.name,
+                resumed_from=max(done, 0),
+            )
+        )
+        if done < 0:
+            self._finish_round(RoundRecord(round=0), RoundTally(), time.perf_counter(), {})
+        for round_ in range(max(done, 0) + 1, self._config.federation.rounds + 1):
+            self._round(round_)
+        self._save_adapter()
+
+    def _restore(self) -> int:
+        """Go on from the last checkpoint; returns the rounds done, -1 for a fresh run."""
+        checkpoint = latest_checkpoint(
+            self._folder.checkpoints_dir, self._workspace.spec, self._config
+        )
+        if checkpoint is None:
+            self._broadcaster.advance(self._adapter, 0)
+            return -1
+        self._adapter = checkpoint.adapter
+        self._record = checkpoint.record
+        self._broadcaster.restore(
+            checkpoint.reference, checkpoint.round, checkpoint.held, checkpoint.increment
+        )
+        restore_strategy(self._strategy.inner, checkpoint.strategy)
+        # the checkpoint is written before the line; a kill in between leaves the line to us
+        self._folder.truncate_after(checkpoint.round - 1)
+        self._folder.append(checkpoint.record)
+        return checkpoint.round
+
+    def _wait_for_clients(self) -> None:
+        federation = self._config.federation
+        deadline = time.monotonic() + federation.timeout
+        while True:
+            self._directory.refresh()
+            here = len(self._directory.nodes())
+            if here >= federation.min_clients:
+                return
+            check_interrupt()
+            if time.monotonic() > deadline or self._is_complete():
+                raise FederationError(
+                    f"{here} clients are there, federation.min_clients is "
+                    f"{federation.min_clients}; connect more or lower it"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _is_complete(self) -> bool:
+        """Whether no further client can ever connect."""
+        return bool(getattr(self._grid._grid, "complete", False))
+
+    def _round(self, round_: int) -> None:
+        federation = self._config.federation
+        began = time.perf_counter()
+        failures: list[tuple[str, str]] = []
+        tally = RoundTally()
+        for attempt in range(1, federation.round_retries + 2):
+            self._directory.refresh()
+            self._strategy.attempt = attempt
+            downlink = tally.downlink_bytes
+            broadcasts = tally.broadcasts
+            tally = self._strategy.tally = RoundTally(
+                downlink_bytes=downlink, broadcasts=broadcasts
+            )
+            seconds: dict[str, float] = {}
+            arrays = self._train(round_, seconds)
+            failures += tally.failures
+            if arrays is not None and len(tally.received) >= federation.min_clients:
+                break
+            events.publish(
+                events.Notice(
+                    f"round {round_}: {len(tally.received)} usable replies, "
+                    f"{federation.min_clients} are needed",
+                    "warning",
+                )
+            )
+        else:
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in failures[-3:])
+            raise FederationError(
+                f"round {round_} had too few usable replies in {attempt} attempts "
+                f"(federation.min_clients = {federation.min_clients}). Last failures: {reasons}. "
+                f"What was done is kept; to go on later: cgfedllm resume {self._folder.path}"
+            )
+        proposed = adapter_of(self._workspace.spec, arrays)
+        change = (proposed - self._adapter).scaled(federation.server_lr)
+        # adding back a difference is not exact; with a rate of one the proposal is taken as it is
+        self._adapter = proposed if federation.server_lr == 1.0 else self._adapter + change
+        self._broadcaster.advance(self._adapter, round_)
+        record = RoundRecord(
+            round=round_,
+            attempts=attempt,
+            failures=[FailureRecord(client, reason) for client, reason in failures],
+            update_norm=change.norm(),
+            product_gap=tally.product_gap,
+        )
+        self._finish_round(record, tally, began, seconds)
+
+    def _train(self, round_: int, seconds: dict[str, float]) -> ArrayRecord | None:
+        """Broadcast, collect and aggregate once."""
+        began = time.perf_counter()
+        messages = list(
+            self._strategy.configure_train(
+                round_, adapter_record(self._adapter), ConfigRecord(), self._grid
+            )
+        )
+        events.publish(events.RoundStarted(round_, len(messages)))
+        waiting = _Stopwatch(self._replies(messages))
+        arrays, _ = self._strategy.aggregate_train(round_, waiting)
+        seconds["waiting"] = waiting.seconds
+        seconds["exchange"] = time.perf_counter() - began
+        return arrays
+
+    def _replies(self, messages: list[Message]) -> Iterator[Message]:
+        """Replies as they come; a client that lost its reference is sent it whole, once."""
+        by_node = {message.metadata.dst_node_id: message for message in messages}
+        timeout = self._config.federation.timeout
+        again: list[Message] = []
+        for reply in receive(self._grid, messages, timeout):
+            node = reply.metadata.src_node_id
+            if _lost_reference(reply):
+                again.append(self._strategy.resend(by_node[node]))
+            else:
+                by_node.pop(node, None)
+                yield reply
+        for reply in receive(self._grid, again, timeout):
+            by_node.pop(reply.metadata.src_node_id, None)
+            yield reply
+        for node in by_node:
+            reason = f"no reply within {timeout:g} s"
+            self._strategy.tally.failures.append((self._directory.name(node), reason))
+
+    def _finish_round(
+        self, record: RoundRecord, tally: RoundTally, began: float, seconds: dict[str, float]
+    ) -> None:
+        """Evaluate, write down, make durable, tell."""
+        self._strategy.tally = tally
+        evaluating = time.perf_counter()
+        self._evaluate(record)
+        seconds["evaluate"] = time.perf_counter() - evaluating
+        for client, reason in tally.failures[len(record.failures) :]:
+            record.failures.append(FailureRecord(client, reason))
+        for failure in record.failures:
+            text = f"round {record.round}: {failure.client} is left out: {failure.reason}"
+            events.publish(events.Notice(text, "warning"))
+        self._count(record, tally)
+        record.seconds = _time_split(record, tally, seconds, time.perf_counter() - began)
+        saving = time.perf_counter()
+        save_checkpoint(
+            self._folder.checkpoints_dir,
+            Checkpoint(
+                round=record.round,
+                adapter=self._adapter,
+                reference=self._broadcaster.reference,
+                held=self._broadcaster.held,
+                increment=self._broadcaster.increment,
+                strategy=strategy_state(self._strategy.inner),
+                record=record,
+            ),
+            self._config,
+        )
+        record.seconds["checkpoint"] = time.perf_counter() - saving
+        self._folder.append(record)
+        self._record = record
+        events.publish(events.RoundFinished(record))
+
+    def _evaluate(self, record: RoundRecord) -> None:
+        evaluation = self._config.evaluation
+        ends = record.round in (0, self._config.federation.rounds)
+        if not ends and (evaluation.every == 0 or record.round % evaluation.every):
+            return
+        heldout = self._workspace.examples(None, "heldout")
+        if heldout:
+            result = evaluate_nll(
+                self._workspace.model,
+                self._adapter,
+                heldout,
+                packed=self._workspace.packed,
+                batch_size=evaluation.batch_size,
+            )
+            record.heldout_nll = result.nll
+        if evaluation.clients:
+            messages = self._strategy.configure_evaluate(
+                record.round, adapter_record(self._adapter), ConfigRecord(), self._grid
+            )
+            for reply in self._replies(list(messages)):
+                name = self._directory.name(reply.metadata.src_node_id)
+                if reply.has_error():
+                    self._strategy.tally.failures.append((name, str(reply.error.reason)))
+                elif "nll" in (metrics := reply.content.metric_records[METRICS]):
+                    record.client_nll[name] = float(metrics["nll"])  # type: ignore[arg-type]
+            record.client_nll = dict(sorted(record.client_nll.items()))
+
+    def _count(self, record: RoundRecord, tally: RoundTally) -> None:
+        before, fp32 = self._record, 4 * self._workspace.spec.size
+        record.clients = [
+            _client_record(received, tally.downlink_bytes.get(received.client, 0))
+            for received in sorted(tally.received, key=lambda received: received.client)
+        ]
+        record.uplink_bytes = sum(received.packet_bytes for received in tally.received)
+        record.downlink_bytes = sum(tally.downlink_bytes.values())
+        record.uplink_bytes_fp32 = fp32 * len(tally.received)
+        record.downlink_bytes_fp32 = fp32 * tally.broadcasts
+        for name in ("uplink_bytes", "downlink_bytes", "uplink_bytes_fp32", "downlink_bytes_fp32"):
+            total = getattr(before, f"{name}_total") + getattr(record, name)
+            setattr(record, f"{name}_total", total)
+
+    def _save_adapter(self) -> None:
+        save_adapter(self._folder.adapter_dir, self._workspace.whole(self._adapter), self._config)
+
+
+class _Stopwatch:
+    """Passes replies on and adds up the time spent waiting for them."""
+
+    def __init__(self, replies: Iterator[Message]) -> None:
+        self._replies = replies
+        self.seconds = 0.0
+
+    def __iter__(self) -> _Stopwatch:
+        return self
+
+    def __next__(self) -> Message:
+        began = time.perf_counter()
+        try:
+            return next(self._replies)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def _lost_reference(reply: Message) -> bool:
+    if not reply.has_content() or CONFIG not in reply.content.config_records:
+        return False
+    return reply.content.config_records[CONFIG].get(STATUS) == REFERENCE_MISSING
+
+
+def _client_record(received: Received, downlink_bytes: int) -> ClientRecord:
+    metrics = received.metrics
+    return ClientRecord(
+        client=received.client,
+        examples=int(metrics["num-examples"]),
+        steps=int(metrics.get("steps", 0)),
+        tokens=int(metrics.get("tokens", 0)),
+        train_loss=metrics.get("train-loss", 0.0),
+        update_norm=metrics.get("update-norm", 0.0),
+        uplink_bytes=received.packet_bytes,
+        downlink_bytes=downlink_bytes,
+        train_seconds=metrics.get("train-seconds", 0.0),
+        encode_seconds=metrics.get("encode-seconds", 0.0),
+        decode_seconds=received.decode_seconds + metrics.get("decode-seconds", 0.0),
+    )
+
+
+def _time_split(
+    record: RoundRecord, tally: RoundTally, seconds: dict[str, float], total: float
+) -> dict[str, float]:
+    """Where the round's time went.
+
+    Client seconds are summed over clients; `transfer` is waiting that no client accounts for
+    (copying, transport, idle), `aggregate` what the server did beyond decoding.
+    """
+    train = sum(client.train_seconds for client in record.clients)
+    encode = sum(client.encode_seconds for client in record.clients)
+    decode = sum(client.decode_seconds for client in record.clients)
+    server_decode = sum(received.decode_seconds for received in tally.received)
+    waiting = seconds.get("waiting", 0.0)
+    on_clients = train + encode + decode - server_decode
+    return {
+        "train": train,
+        "encode": encode,
+        "transfer": max(0.0, waiting - on_clients),
+        "decode": decode,
+        "aggregate": max(0.0, seconds.get("exchange", 0.0) - waiting - server_decode),
+        "evaluate": seconds.get("evaluate", 0.0),
+        "checkpoint": 0.0,
+        "total": total,
+    }
+
+
+def make_server_app() -> ServerApp:
+    """The ServerApp; configuration and run folder come in the Flower run configuration."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run_dir = str(context.run_config["run-dir"])
+        workspace = workspace_for(str(context.run_config["config"]), run_dir)
+        Server(grid, workspace).run()
+
+    return app
+
+
+app = make_server_app()

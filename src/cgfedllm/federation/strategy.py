@@ -1,0 +1,260 @@
+"""The wrapper that puts codecs around any Flower strategy.
+
+::
+
+    inner.configure_train -> messages with W_t -> downlink packet          (to clients)
+    packets (from clients) -> decode -> W_t + delta -> inner.aggregate_train -> W_{t+1}
+
+The inner strategy sees whole adapters, as if nothing had been compressed, so each of Flower's
+strategies works as it stands. It is wrapped, not subclassed: Flower's own wrappers (differential
+privacy) refuse strategies that override `aggregate_train`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import Codec, CodecContext
+from cgfedllm.errors import CgFedLlmError, PacketError
+from cgfedllm.federation.downlink import Broadcaster
+from cgfedllm.federation.messages import (
+    ARRAYS,
+    CONFIG,
+    KIND,
+    METRICS,
+    NUM_EXAMPLES,
+    VERSION,
+    adapter_of,
+    adapter_record,
+    packet_limit,
+    packet_of,
+    packet_record,
+)
+from cgfedllm.federation.product import ProductGap
+from cgfedllm.federation.strategies import averages_first, rebase
+from cgfedllm.seeding import derive_seed
+
+
+@dataclass
+class Received:
+    """One usable reply, as it was counted."""
+
+    client: str
+    weight: float
+    packet_bytes: int
+    decode_seconds: float
+    metrics: dict[str, float]
+
+
+@dataclass
+class RoundTally:
+    """What went over the wire in one round and what came of it."""
+
+    received: list[Received] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    downlink_bytes: dict[str, int] = field(default_factory=dict)
+    broadcasts: int = 0
+    product_gap: float | None = None
+
+
+class CompressedStrategy(Strategy):
+    """A Flower strategy whose messages are coded both ways.
+
+    Parameters
+    ----------
+    inner : Strategy
+        Aggregates decoded adapters.
+    spec : AdapterSpec
+        What is sent.
+    uplink : Codec
+        Decodes what clients send.
+    broadcaster : Broadcaster
+        Codes what clients are sent.
+    seed : int
+        For client sampling, and for codecs with common random numbers.
+    weighting : str
+        "examples" or "uniform".
+    client_name : callable
+        From node id to the name used in logs and records.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        spec: AdapterSpec,
+        uplink: Codec,
+        broadcaster: Broadcaster,
+        seed: int,
+        weighting: str = "examples",
+        client_name: Callable[[int], str] = str,
+    ) -> None:
+        self.inner = inner
+        self.tally = RoundTally()
+        self.attempt = 1
+        self._spec = spec
+        self._uplink = uplink
+        self._broadcaster = broadcaster
+        self._seed = seed
+        self._weighting = weighting
+        self._name = client_name
+        self._global = AdapterUpdate.zeros(spec)
+
+    def summary(self) -> None:
+        """Log the inner strategy's summary."""
+        self.inner.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients as the inner strategy does and send each what it lacks."""
+        self._global = adapter_of(self._spec, arrays)
+        rebase(self.inner)
+        with self._sampling(server_round, "train"):
+            messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        return [self.coded(message) for message in self._by_name(messages)]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As `configure_train`, for the inner strategy's evaluation."""
+        with self._sampling(server_round, "evaluate"):
+            messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
+        return [self.coded(message) for message in self._by_name(messages)]
+
+    def coded(self, message: Message) -> Message:
+        """Replace a message's adapter by the broadcast its receiver needs; counts the bytes."""
+        client = self._name(message.metadata.dst_node_id)
+        broadcast = self._broadcaster.broadcast(client)
+        sent = self.tally.downlink_bytes
+        sent[client] = sent.get(client, 0) + len(broadcast.blob)
+        self.tally.broadcasts += bool(broadcast.blob)
+        config = ConfigRecord(dict(message.content.config_records[CONFIG]))
+        config[KIND] = broadcast.kind
+        config[VERSION] = broadcast.version
+        arrays = packet_record(broadcast.blob) if broadcast.blob else ArrayRecord()
+        return Message(
+            RecordDict({ARRAYS: arrays, CONFIG: config}),
+            message.metadata.dst_node_id,
+            message.metadata.message_type,
+        )
+
+    def resend(self, message: Message) -> Message:
+        """The same message again for a client that has lost its reference, self-contained."""
+        self._broadcaster.forget(self._name(message.metadata.dst_node_id))
+        return self.coded(message)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Decode replies as they come and let the inner strategy aggregate them.
+
+        A reply that is an error, or cannot be decoded, costs only its own share; it is noted in
+        `tally.failures`.
+        """
+        gap = ProductGap(self._spec)
+        decoded = self._decoded(server_round, replies, gap)
+        if averages_first(self.inner):
+            merged = self._mean(decoded)
+            inputs = [] if merged is None else [merged]
+        else:
+            inputs = [reply for reply, _, _ in decoded]
+        if not inputs:
+            return None, None
+        arrays, metrics = self.inner.aggregate_train(server_round, inputs)
+        if arrays is not None:
+            self.tally.product_gap = gap.value(adapter_of(self._spec, arrays))
+        return arrays, metrics
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Hand evaluation replies to the inner strategy."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def _decoded(
+        self, server_round: int, replies: Iterable[Message], gap: ProductGap
+    ) -> Iterator[tuple[Message, AdapterUpdate, float]]:
+        context = CodecContext(self._spec, server_round, self._seed)
+        limit = packet_limit(self._spec)
+        for reply in replies:
+            client = self._name(reply.metadata.src_node_id)
+            try:
+                if reply.has_error():
+                    raise CgFedLlmError(reply.error.reason or f"error code {reply.error.code}")
+                began = time.perf_counter()
+                blob = packet_of(reply.content, limit=limit)
+                adapter = self._global + self._uplink.decode(blob, context)
+                metrics = _numbers(reply.content)
+                weight = _weight(metrics) if self._weighting == "examples" else 1.0
+            except CgFedLlmError as error:
+                self.tally.failures.append((client, str(error)))
+                continue
+            gap.add(adapter, weight)
+            seconds = time.perf_counter() - began
+            self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
+            yield _plain(reply, adapter, weight), adapter, weight
+
+    def _mean(
+        self, decoded: Iterable[tuple[Message, AdapterUpdate, float]]
+    ) -> Message | None:
+        total = np.zeros(self._spec.size, np.float64)
+        weights = 0.0
+        last: Message | None = None
+        for last, adapter, weight in decoded:  # noqa: B007
+            total += weight * adapter.vector.astype(np.float64)
+            weights += weight
+        if last is None:
+            return None
+        mean = AdapterUpdate(self._spec, (total / weights).astype(np.float32))
+        return _plain(last, mean, weights)
+
+    def _by_name(self, messages: list[Message]) -> list[Message]:
+        return sorted(messages, key=lambda message: self._name(message.metadata.dst_node_id))
+
+    @contextmanager
+    def _sampling(self, server_round: int, what: str) -> Iterator[None]:
+        """Flower samples from Python's global generator; give it our seed and put it back."""
+        before = random.getstate()
+        random.seed(derive_seed(self._seed, "sampling", what, server_round, self.attempt))
+        try:
+            yield
+        finally:
+            random.setstate(before)
+
+
+def _plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
+    """A reply as a client without compression would have sent it."""
+    content = RecordDict(
+        {ARRAYS: adapter_record(adapter), METRICS: MetricRecord({NUM_EXAMPLES: weight})}
+    )
+    reply.content = content
+    return reply
+
+
+def _numbers(content: RecordDict) -> dict[str, float]:
+    record = content.metric_records.get(METRICS)
+    if record is None:
+        raise PacketError("the reply carries no metrics; is it from another app?")
+    numbers = {name: float(v) for name, v in record.items() if isinstance(v, int | float)}
+    bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+    if bad:
+        raise PacketError(f"the reply's metrics are not finite: {', '.join(sorted(bad))}")
+    return numbers
+
+
+def _weight(metrics: dict[str, float]) -> float:
+    weight = metrics.get(NUM_EXAMPLES, 0.0)
+    if not 0 < weight < 2**53:
+        raise PacketError(f"the reply's {NUM_EXAMPLES} is {weight}; it must be a positive count")
+    return weight

@@ -1,0 +1,444 @@
+"""What a run will take, before it runs: bytes, transfer time and memory, by arithmetic alone.
+
+::
+
+    config.json --> model on torch's meta device (shapes, no values) --> LoRA --> AdapterSpec
+    AdapterSpec + codec --> bytes of a packet --> x clients x rounds --> traffic, time
+    shapes + dtype + batch --> memory
+
+Packet sizes are exact for codecs whose size depends on the adapter alone. Memory is an estimate;
+its assumptions are in `MemoryPlan`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from cgfedllm.adapter import AdapterSpec
+from cgfedllm.codecs import make_codec
+from cgfedllm.codecs.packet import HEADER_SIZE
+from cgfedllm.config import CodecConfig, Config, ModelConfig
+from cgfedllm.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_ASSUMED_CLIENTS = 10
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+# quantised weight plus its scales: one byte a weight and a float32 a row; half a byte a weight
+# and a float32 per block of 64
+_QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A client's connection.
+
+    Parameters
+    ----------
+    up_mbit, down_mbit : float
+        Megabits (10^6 bits) a second from and to the client.
+
+    Raises
+    ------
+    ConfigError
+        If a speed is not a positive number.
+    """
+
+    up_mbit: float = 10.0
+    down_mbit: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name, speed in (("up", self.up_mbit), ("down", self.down_mbit)):
+            if not (math.isfinite(speed) and speed > 0):
+                raise ConfigError(f"{name}link speed must be a positive number, got {speed}")
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The base model and its adapter, in numbers of parameters."""
+
+    id: str
+    parameters: int
+    linear_parameters: int
+    """Those in linear layers, which quantisation shrinks."""
+    trained: int
+    """Parameters that are trained and sent."""
+    adapter: int
+    """Parameters of the whole adapter, frozen factors included."""
+    tensors: int
+    """Arrays that are trained and sent."""
+
+
+@dataclass(frozen=True)
+class DirectionPlan:
+    """What crosses in one direction. None where the codec's size depends on the values."""
+
+    codec: str
+    packet: int | None
+    """Bytes of one packet, header included."""
+    packets: int
+    """Packets in the whole run, all clients together."""
+    whole_packet: int
+    """Bytes of a packet for a client that holds no recent adapter (down, lossy codecs only)."""
+    whole_packets: int
+    total: int | None
+    """Bytes of the whole run, all clients together."""
+    total_fp32: int
+    """What the same packets weigh as bare float32."""
+    seconds: float | None
+    """Time one client's link needs for one packet, on average."""
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times fewer bytes than bare float32."""
+        return self.total_fp32 / self.total if self.total else None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on a client while it trains, and of the server's copies of the adapter.
+
+    Estimates. `base`, `adapter`, `gradients`, `optimizer` and `residual` are counts of values times
+    their width. `activations` assumes a Llama-like block with fused attention, and that each keeps
+    per token 8 vectors of the hidden size (inputs and outputs of both norms, of the attention, and
+    residual sums), queries, keys and values, and 4 of the inner size; with gradient checkpointing
+    only each block's input and one block in full. `logits` assumes a loss on every token of a full
+    micro-batch: float32 logits, their softmax and their gradient. Workspace of the libraries, the
+    allocator's slack and Python itself (0.5 GB or so) come on top.
+    """
+
+    dtype: str
+    """Of the base model's weights and activations."""
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    residual: int
+    """Error feedback: one float32 vector that a client keeps between rounds."""
+    activations: int
+    logits: int
+    server: int
+    """Global adapter, what clients hold of it, the strategy's sum and state, one packet and one
+    decoded update a sampled client. No base model."""
+
+    @property
+    def client(self) -> int:
+        """Sum of all that a client holds while it trains."""
+        return (
+            self.base
+            + self.adapter
+            + self.gradients
+            + self.optimizer
+            + self.residual
+            + self.activations
+            + self.logits
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. `rows` for people, `to_dict` for programs."""
+
+    model: ModelPlan
+    clients: int
+    clients_assumed: bool
+    """Whether the config leaves the number of clients to the data."""
+    sampled: int
+    """Clients that train in a round."""
+    rounds: int
+    link: Link
+    uplink: DirectionPlan
+    downlink: DirectionPlan
+    memory: MemoryPlan
+
+    @property
+    def round_seconds(self) -> float | None:
+        """Transfer time of one round: a packet down and one up, the clients side by side."""
+        if self.uplink.seconds is None or self.downlink.seconds is None:
+            return None
+        return self.uplink.seconds + self.downlink.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        tree = asdict(self)
+        tree["uplink"]["ratio"] = self.uplink.ratio
+        tree["downlink"]["ratio"] = self.downlink.ratio
+        tree["memory"]["client"] = self.memory.client
+        tree["round_seconds"] = self.round_seconds
+        return tree
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(label, text) pairs for a table."""
+        model, memory = self.model, self.memory
+        sent = "" if model.adapter == model.trained else f" of {model.adapter:,}"
+        assumed = " (assumed: the data decide)" if self.clients_assumed else ""
+        link = f"{self.link.up_mbit:g} Mbit/s up, {self.link.down_mbit:g} Mbit/s down"
+        per_round = self.round_seconds
+        whole = None if per_round is None else per_round * self.rounds
+        return [
+            ("model", f"{model.id}, {model.parameters:,} parameters"),
+            ("adapter", f"{model.trained:,}{sent} parameters sent, in {model.tensors} arrays"),
+            ("clients", f"{self.clients}{assumed}, {self.sampled} a round, {self.rounds} rounds"),
+            ("uplink packet", _packet(self.uplink)),
+            ("downlink packet", _packet(self.downlink)),
+            ("uplink total", _total(self.uplink)),
+            ("downlink total", _total(self.downlink)),
+            ("transfer a round", f"{_duration(per_round)} ({link}, clients side by side)"),
+            ("transfer in all", _duration(whole)),
+            ("client memory", f"about {_size(memory.client)} while it trains"),
+            ("  base model", f"{_size(memory.base)} ({memory.dtype})"),
+            (
+                "  adapter",
+                f"{_size(memory.adapter)}, gradients {_size(memory.gradients)}, optimizer "
+                f"{_size(memory.optimizer)}, residual {_size(memory.residual)}",
+            ),
+            ("  activations", f"{_size(memory.activations)}, logits {_size(memory.logits)}"),
+            ("server memory", f"about {_size(memory.server)}, without a base model to evaluate"),
+        ]
+
+
+def make_plan(config: Config, *, link: Link | None = None, clients: int | None = None) -> Plan:
+    """Work out what a run will take. No weight is loaded, no data is read.
+
+    Parameters
+    ----------
+    config : Config
+        The run.
+    link : Link, optional
+        Each client's connection; 10 Mbit/s up and 50 down unless given.
+    clients : int, optional
+        Number of clients, where the config leaves it to the data (natural partitions, files).
+
+    Raises
+    ------
+    ModelError
+        If the model's configuration cannot be found, or LoRA cannot be attached as asked.
+    ConfigError
+        If `clients` is not positive.
+    """
+    if clients is not None and clients < 1:
+        raise ConfigError(f"clients must be at least 1, got {clients}")
+    link = link or Link()
+    known = clients or config.data.partition.clients
+    total = known or _ASSUMED_CLIENTS
+    sampled = sampled_clients(config, total)
+    model_config = find_model_config(config.model)
+    model, spec, full = _measure(config, model_config)
+    rounds = config.federation.rounds
+    increments, whole = _broadcasts(config, total, sampled)
+    uplink = _direction(config.uplink, spec, rounds * sampled, 0, link.up_mbit)
+    downlink = _direction(config.downlink, spec, increments, whole, link.down_mbit)
+    memory = _memory(config, model_config, model, spec, full, sampled)
+    return Plan(
+        model=model,
+        clients=total,
+        clients_assumed=known is None,
+        sampled=sampled,
+        rounds=rounds,
+        link=link,
+        uplink=uplink,
+        downlink=downlink,
+        memory=memory,
+    )
+
+
+def sampled_clients(config: Config, clients: int) -> int:
+    """How many of the clients train in a round: the fraction, at least `min_clients`."""
+    wanted = max(int(clients * config.federation.fraction_train), config.federation.min_clients)
+    return min(wanted, clients)
+
+
+def find_model_config(model: ModelConfig) -> PretrainedConfig:
+    """A model's configuration: built in, from a local folder, or from the hub.
+
+    Raises
+    ------
+    ModelError
+        If it is in none of these.
+    """
+    from cgfedllm.architectures import architecture
+
+    built_in = architecture(model.id)
+    if built_in is not None:
+        return built_in
+    from cgfedllm.model import load_model_config
+
+    return load_model_config(model)
+
+
+def _measure(
+    config: Config, model_config: PretrainedConfig
+) -> tuple[ModelPlan, AdapterSpec, AdapterSpec]:
+    """Count parameters on the meta device, where tensors have shapes but no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cgfedllm.lora import attach_lora, full_spec, trainable_spec
+
+    with torch.device("meta"):
+        try:
+            base: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise ModelError(f"model.id: {config.model.id!r} is no causal LM: {error}") from None
+        parameters = sum(p.numel() for p in base.parameters())
+        linear = sum(
+            module.weight.numel()
+            for name, module in base.named_modules()
+            # quantisation leaves the output layer alone
+            if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+        )
+        adapted = attach_lora(base, config.lora)
+        spec, full = trainable_spec(adapted), full_spec(adapted)
+    model = ModelPlan(config.model.id, parameters, linear, spec.size, full.size, len(spec))
+    return model, spec, full
+
+
+def _broadcasts(config: Config, clients: int, sampled: int) -> tuple[int, int]:
+    """Count (increments, whole adapters) sent down, as `federation.downlink` sends them.
+
+    Played through with clients drawn at random: exact where all take part or all evaluate after
+    every round, an estimate elsewhere.
+    """
+    rng = random.Random(config.seed)
+    held: dict[int, int] = {}
+    increments = whole = 0
+    rounds, every = config.federation.rounds, config.evaluation.every
+
+    def send(version: int, receivers: Iterable[int]) -> None:
+        nonlocal increments, whole
+        for client in receivers:
+            before = held.get(client)
+            held[client] = version
+            if before == version:
+                continue  # is current, nothing is sent
+            if before is not None and before == version - 1:
+                increments += 1
+            else:
+                whole += 1
+
+    for version in range(rounds + 1):
+        ends = version in (0, rounds)
+        if config.evaluation.clients and (ends or (every and version % every == 0)):
+            send(version, range(clients))
+        if version < rounds:
+            send(version, rng.sample(range(clients), sampled))
+    return increments, whole
+
+
+def _direction(
+    coding: CodecConfig, spec: AdapterSpec, packets: int, whole: int, mbit: float
+) -> DirectionPlan:
+    codec = make_codec(coding.name, coding.options)
+    if codec.lossless:  # codes the whole adapter every time
+        packets, whole = packets + whole, 0
+    size, raw = codec.packet_size(spec), HEADER_SIZE + 4 * spec.size
+    total = None if size is None else size * packets + raw * whole
+    count = packets + whole
+    return DirectionPlan(
+        codec=coding.name,
+        packet=size,
+        packets=packets,
+        whole_packet=raw,
+        whole_packets=whole,
+        total=total,
+        total_fp32=4 * spec.size * count,
+        seconds=None if total is None else 8 * total / count / (mbit * 1e6),
+    )
+
+
+def _memory(
+    config: Config,
+    model_config: PretrainedConfig,
+    model: ModelPlan,
+    spec: AdapterSpec,
+    full: AdapterSpec,
+    sampled: int,
+) -> MemoryPlan:
+    training = config.training
+    dtype = _dtype(config.model)
+    width = _BYTES[dtype]
+    base = model.parameters * width
+    if config.model.quantization != "none":
+        base -= model.linear_parameters * (width - _QUANTISED[config.model.quantization])
+        dtype = f"{config.model.quantization}, rest {dtype}"
+    adamw = training.optimizer == "adamw"
+    moments = 2 if adamw else int(training.momentum > 0)
+    codec = make_codec(config.uplink.name, config.uplink.options)
+    keeps = config.uplink.error_feedback and not codec.lossless
+    tokens = (training.micro_batch_size or training.batch_size) * config.data.max_length
+    packet = codec.packet_size(spec)
+    state = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2}.get(config.federation.strategy.name, 0)
+    return MemoryPlan(
+        dtype=dtype,
+        base=int(base),
+        adapter=4 * full.size,
+        gradients=4 * spec.size,
+        optimizer=4 * spec.size * moments,
+        residual=4 * spec.size * keeps,
+        activations=_activations(config, model_config, tokens, int(width)),
+        logits=3 * 4 * tokens * int(model_config.vocab_size),
+        server=4 * full.size
+        + 4 * spec.size * (2 + state + sampled)
+        + sampled * (4 * spec.size if packet is None else packet),
+    )
+
+
+def _dtype(model: ModelConfig) -> str:
+    if model.dtype != "auto":
+        return model.dtype
+    if model.device == "auto":
+        import torch
+
+        return "bfloat16" if torch.cuda.is_available() else "float32"
+    return "bfloat16" if model.device.startswith("cuda") else "float32"
+
+
+def _activations(config: Config, model: PretrainedConfig, tokens: int, width: int) -> int:
+    hidden, layers = int(model.hidden_size), int(model.num_hidden_layers)
+    heads = int(model.num_attention_heads)
+    kv_heads = int(getattr(model, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(model, "head_dim", None) or hidden // heads)
+    inner = int(getattr(model, "intermediate_size", None) or 4 * hidden)
+    block = 8 * hidden + (heads + 2 * kv_heads) * head_dim + 4 * inner
+    kept = layers * hidden + block if config.model.gradient_checkpointing else layers * block
+    return tokens * kept * width
+
+
+def _packet(direction: DirectionPlan) -> str:
+    if direction.packet is None:
+        return f"{direction.codec}: depends on the values"
+    return f"{direction.codec}: {direction.packet:,} bytes"
+
+
+def _total(direction: DirectionPlan) -> str:
+    packets = f"{direction.packets:,} packets"
+    if direction.whole_packets:
+        packets += f" and {direction.whole_packets:,} whole adapters"
+    fp32 = f"{_size(direction.total_fp32)} as float32"
+    if direction.total is None or direction.ratio is None:
+        return f"{packets}; {fp32}"
+    return f"{_size(direction.total)} in {packets}; {fp32} ({direction.ratio:.2f}x)"
+
+
+def _size(count: float) -> str:
+    """Decimal units, as links and disks count."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "depends on the values"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,1 @@
+"""Watching a run and telling what came out: console, trackers, tables, inspection."""

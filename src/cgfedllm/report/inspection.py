@@ -1,0 +1,268 @@
+"""Tell what a file or folder of this program is and what it holds, without loading a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cgfedllm.adapter import AdapterSpec, Factor
+from cgfedllm.codecs.packet import HEADER_SIZE, MAGIC, NO_STATE, Packet
+from cgfedllm.errors import AdapterError, CheckpointError, CodecError, PacketError
+from cgfedllm.metrics import RoundRecord
+from cgfedllm.report.summary import Traffic, summarise
+from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
+from cgfedllm.runs import RunFolder
+from cgfedllm.storage import load_tensors, read_json
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Parameters
+    ----------
+    kind : str
+        "run", "adapter", "packet", "checkpoint" or "tensors".
+    path : Path
+        Where.
+    facts : dict of str
+        Label to text, in reading order.
+    """
+
+    kind: str
+    path: Path
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text, in reading order; the first row says what it is."""
+        return [("kind", self.kind), ("path", str(self.path)), *self.facts.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        return {"kind": self.kind, "path": str(self.path), **self.facts}
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look into a run folder, a PEFT adapter folder, a packet file or a checkpoint file.
+
+    Raises
+    ------
+    CheckpointError
+        If there is nothing at `path`, or it is none of these, or it is damaged.
+    PacketError
+        If a packet is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if path.is_dir():
+        run = RunFolder(path)
+        if run.exists():
+            return _run(run)
+        if (path / _ADAPTER_CONFIG).is_file():
+            return _adapter(path)
+        raise CheckpointError(
+            f"{path} is neither a run folder (config.toml) nor an adapter folder "
+            f"({_ADAPTER_CONFIG})"
+        )
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if start == MAGIC:
+        return _packet(path)
+    if path.name == _ADAPTER_CONFIG or path.name == _ADAPTER_WEIGHTS:
+        return inspect(path.parent)
+    return _tensors(path)
+
+
+def _packet(path: Path) -> Inspection:
+    try:
+        packet = Packet.from_bytes(path.read_bytes())
+    except PacketError as error:
+        raise PacketError(f"{path}: {error}") from None
+    total = HEADER_SIZE + len(packet.payload)
+    bits = 8 * total / packet.parameters if packet.parameters else math.nan
+    learned = packet.state_hash != NO_STATE
+    return Inspection(
+        "packet",
+        path,
+        {
+            "codec": f"{packet.codec}, version {packet.codec_version}{_known(packet)}",
+            "round": str(packet.round),
+            "parameters": f"{packet.parameters:,}",
+            "adapter spec hash": packet.spec_hash.hex(),
+            "codec state hash": packet.state_hash.hex() if learned else "none",
+            "payload": f"{len(packet.payload):,} bytes",
+            "header": f"{HEADER_SIZE} bytes",
+            "bits per parameter": f"{bits:.4f} (header included)",
+            "times fewer than fp32": human_ratio(32 / bits),
+            "checksum": "matches",
+        },
+    )
+
+
+def _known(packet: Packet) -> str:
+    from cgfedllm.codecs import codec_class
+
+    try:
+        version = codec_class(packet.codec).version
+    except CodecError:
+        return " (not known to this installation)"
+    return "" if version == packet.codec_version else f" (this installation has {version})"
+
+
+def _adapter(path: Path) -> Inspection:
+    config = read_json(path / _ADAPTER_CONFIG)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / _ADAPTER_CONFIG} is not a PEFT configuration")
+    tensors, _ = load_tensors(path / _ADAPTER_WEIGHTS)
+    try:
+        spec = AdapterSpec.from_shapes({name: a.shape for name, a in tensors.items()})
+    except AdapterError as error:
+        raise CheckpointError(f"{path / _ADAPTER_WEIGHTS}: {error}") from None
+    targets = config.get("target_modules")
+    layers = {factor.layer for factor in spec if factor.layer is not None}
+    finite = all(np.isfinite(a).all() for a in tensors.values())
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    facts = {
+        "base model": str(config.get("base_model_name_or_path")),
+        "method": f"{config.get('peft_type', '?')}, rank {rank}, alpha {alpha}",
+        "target modules": ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets),
+        "factors": f"{len(spec)} in {count_of(len(layers), 'layer')}",
+        "parameters": f"{spec.size:,} ({human_bytes(4 * spec.size)} as fp32)",
+        "values": "all finite" if finite else "NaN or infinity among them: do not use this adapter",
+    }
+    for module, text in _norms(spec, tensors, config).items():
+        facts[f"norms {module}"] = text
+    return Inspection("adapter", path, facts)
+
+
+def _norms(
+    spec: AdapterSpec, tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Frobenius norms over all layers, one row a kind of module."""
+    squares: dict[str, dict[str, float]] = {}
+
+    def add(factor: Factor, what: str, value: float) -> None:
+        of_module = squares.setdefault(factor.module.rsplit(".", 1)[-1], {})
+        of_module[what] = of_module.get(what, 0.0) + value
+
+    for factor in spec:
+        array = tensors[factor.name].astype(np.float64)
+        add(factor, factor.kind or "value", float(np.square(array).sum()))
+    for a, b in spec.pairs():
+        left, right = tensors[b.name].astype(np.float64), tensors[a.name].astype(np.float64)
+        # ||B A||^2 = tr((B'B)(A A')): r x r instead of out x in
+        change = float(((left.T @ left) * (right @ right.T)).sum())
+        add(a, "BA", change * _scale(config, a) ** 2)
+    texts = {}
+    for module, parts in squares.items():
+        change_text = ""
+        if "BA" in parts:
+            change_text = f", weight change {math.sqrt(max(0.0, parts['BA'])):.4g}"
+        own = ", ".join(f"{k} {math.sqrt(v):.4g}" for k, v in parts.items() if k != "BA")
+        texts[module] = own + change_text
+    return texts
+
+
+def _scale(config: Mapping[str, Any], factor: Factor) -> float:
+    """``alpha / r``; the rank is read off the factor, which is right with rank patterns too."""
+    alpha = config.get("lora_alpha")
+    rank = factor.shape[0]
+    if not isinstance(alpha, int | float) or not rank:
+        return 1.0
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _run(run: RunFolder) -> Inspection:
+    config = run.config()
+    records = run.records()
+    summary = summarise(records)
+    rounds = config.federation.rounds
+    checkpoints = any(run.checkpoints_dir.glob("[!.]*"))
+    if summary.rounds >= rounds and records:
+        state = "finished"
+    elif checkpoints:
+        state = f"unfinished; `cgfedllm resume {run.path}` goes on"
+    else:
+        state = "unfinished, without a checkpoint; it must start again"
+    facts = {
+        "state": state,
+        "rounds": f"{summary.rounds} of {rounds}",
+        "model": config.model.id,
+        "data": f"{config.data.source}, {config.data.partition.kind} partition",
+        "lora": f"rank {config.lora.rank} on {', '.join(config.lora.target_modules)}",
+        "seed": str(config.seed),
+        "strategy": f"{config.federation.strategy.name}, {config.federation.aggregation}",
+        "uplink": _traffic(summary.uplink, config.uplink.name),
+        "downlink": _traffic(summary.downlink, config.downlink.name),
+    }
+    if summary.heldout:
+        change = summary.heldout
+        facts["held-out NLL"] = (
+            f"{change.before:.4f} -> {change.after:.4f} ({change.difference:+.4f})"
+        )
+    if summary.clients:
+        better = sum(c.difference < 0 for c in summary.clients.values())
+        facts["clients"] = f"{len(summary.clients)} evaluated, {better} better than before"
+    if summary.failures:
+        facts["failures"] = count_of(summary.failures, "reply", "replies") + " not used"
+    facts["time"] = human_seconds(summary.seconds["total"])
+    facts["adapter"] = str(run.adapter_dir) if run.adapter_dir.is_dir() else "not written yet"
+    return Inspection("run", run.path, facts)
+
+
+def _traffic(traffic: Traffic, codec: str) -> str:
+    bits = traffic.bits_per_parameter
+    if bits is None:
+        return f"{codec}, nothing sent"
+    return (
+        f"{codec}, {human_bytes(traffic.sent)}, {human_ratio(traffic.times_fewer)} fewer than "
+        f"fp32, {bits:.2f} bits per parameter"
+    )
+
+
+def _tensors(path: Path) -> Inspection:
+    tensors, metadata = load_tensors(path)
+    values = sum(a.size for a in tensors.values())
+    contents = {
+        "tensors": f"{count_of(len(tensors), 'tensor')} with {values:,} values",
+        "size": human_bytes(path.stat().st_size),
+    }
+    if "round" in metadata and "spec" in metadata:
+        return Inspection("checkpoint", path, {**_checkpoint(path, metadata), **contents})
+    facts = {
+        key: value if len(value) <= 60 else f"{value[:57]}..."
+        for key, value in sorted(metadata.items())
+    }
+    return Inspection("tensors", path, {**facts, **contents})
+
+
+def _checkpoint(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    try:
+        spec = AdapterSpec.from_json(metadata["spec"])
+        record = RoundRecord.from_dict(json.loads(metadata["record"]))
+    except (AdapterError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is incomplete: {error!r}") from None
+    nll = record.heldout_nll
+    return {
+        "format": metadata.get("format", "?"),
+        "round": metadata["round"],
+        "adapter": f"{spec.size:,} parameters in {count_of(len(spec), 'factor')}",
+        "adapter spec hash": spec.hash.hex(),
+        "configuration hash": metadata.get("config", "?")[:16],
+        "held-out NLL": f"{nll:.4f}" if nll is not None else "not evaluated in this round",
+        "uplink so far": human_bytes(record.uplink_bytes_total),
+    }

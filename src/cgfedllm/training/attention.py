@@ -1,0 +1,103 @@
+"""Attention over packed rows: each sequence attends to itself only, and no mask is built.
+
+transformers looks attention up by name and hands our `segment_lengths` through to it. A causal
+kernel per sequence costs exactly what the sequences cost; a block mask over the packed row would
+cost the square of their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+_NAME = "cgfedllm_packed"
+
+
+def supports_packing(model: Any, max_length: int) -> bool:
+    """Whether a model's attention can be packed without changing its result.
+
+    It can if the model takes its attention from transformers' registry, knows `logits_to_keep`,
+    and has neither soft-capping nor a sliding window shorter than the longest row.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config
+    window = getattr(config, "sliding_window", None)
+    windowed = window is not None and getattr(config, "use_sliding_window", True)
+    return bool(
+        getattr(base, "_supports_attention_backend", False)
+        and config.model_type not in _STATEFUL_OR_CAPPED
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and not getattr(config, "alibi", False)
+        and not (windowed and window < max_length)
+    )
+
+
+# attention sinks, recurrent or chunked layers: state or terms beyond plain causal attention
+_STATEFUL_OR_CAPPED = frozenset(
+    {"gpt_oss", "jamba", "mamba", "mamba2", "bamba", "falcon_h1", "zamba", "zamba2", "lfm2", "llama4"}
+)
+
+
+@contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Inside this block the model attends by `segment_lengths`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._attn_implementation
+    base.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def packed_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segment_lengths: tuple[int, ...] = (),
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment.
+
+    Parameters
+    ----------
+    query : Tensor, shape (1, heads, width, head_dim)
+        Packed queries.
+    key, value : Tensor, shape (1, key_value_heads, width, head_dim)
+        Packed keys and values; heads may be grouped.
+    attention_mask : None
+        Not used; packed rows have no padding.
+    segment_lengths : tuple of int
+        Lengths of the segments; their sum is `width`.
+
+    Returns
+    -------
+    Tensor, shape (1, width, heads, head_dim)
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        # expanding the few key and value heads is cheaper on CPU than the grouped kernel
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    outputs = [
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        for q, k, v in zip(
+            query.split(segment_lengths, dim=2),
+            key.split(segment_lengths, dim=2),
+            value.split(segment_lengths, dim=2),
+            strict=True,
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, packed_attention_forward)

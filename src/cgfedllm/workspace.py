@@ -1,0 +1,163 @@
+"""What a process needs to work on a run: model, data, codecs. Made once, shared by all clients.
+
+In-process, server and clients share one workspace and thus one base model. On a remote node each
+process has its own.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cgfedllm import events
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import Codec, make_codec
+from cgfedllm.config import Config, parse_config
+from cgfedllm.data import ClientData, FederatedData, load_federated_data
+from cgfedllm.data.encoding import EncodedRows, Example, RowEncoder
+from cgfedllm.errors import DataError
+from cgfedllm.lora import initial_adapter
+
+if TYPE_CHECKING:
+    from cgfedllm.model import AdaptedModel
+    from cgfedllm.training.local import LocalTrainer
+
+
+class Workspace:
+    """Model, data and codecs of one configuration, each made when first asked for.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved configuration.
+    run_dir : Path
+        Run folder; simulated clients keep their memory below it.
+    """
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self._encoded: dict[tuple[str, str], EncodedRows] = {}
+
+    @cached_property
+    def model(self) -> AdaptedModel:
+        """The adapted model; loading it takes seconds."""
+        return _shared_model(_model_key(self.config))
+
+    @cached_property
+    def data(self) -> FederatedData:
+        """Every client's rows and the global held-out set."""
+        return load_federated_data(self.config.data, self.config.seed)
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """What is trained and sent."""
+        return self.model.spec
+
+    @cached_property
+    def start(self) -> AdapterUpdate:
+        """Initial values of the trained adapter; the same on every machine."""
+        whole = initial_adapter(self.model.full_spec, self.config.seed)
+        views = whole.views()
+        return AdapterUpdate.from_arrays(self.spec, {f.name: views[f.name] for f in self.spec})
+
+    def whole(self, adapter: AdapterUpdate) -> AdapterUpdate:
+        """The whole adapter for trained values: under `freeze_a`, with the A factors it needs."""
+        values = initial_adapter(self.model.full_spec, self.config.seed)
+        views = values.views()
+        for name, view in adapter.views().items():
+            views[name][...] = view
+        return values
+
+    @cached_property
+    def uplink(self) -> Codec:
+        """Codec from client to server."""
+        return make_codec(self.config.uplink.name, self.config.uplink.options)
+
+    @cached_property
+    def downlink(self) -> Codec:
+        """Codec from server to client."""
+        return make_codec(self.config.downlink.name, self.config.downlink.options)
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether rows are packed for this model."""
+        from cgfedllm.training.local import use_packing
+
+        return use_packing(self.model, self.config.training, self.config.data.max_length)
+
+    @cached_property
+    def trainer(self) -> LocalTrainer:
+        """Trains any client on the shared model."""
+        from cgfedllm.training.local import LocalTrainer
+
+        self.reset_frozen_factors()
+        return LocalTrainer(
+            self.model,
+            self.config.training,
+            seed=self.config.seed,
+            rounds=self.config.federation.rounds,
+            max_length=self.config.data.max_length,
+        )
+
+    def reset_frozen_factors(self) -> None:
+        """Give the whole adapter its initial values: under `freeze_a`, A is never sent."""
+        self.model.set_adapter(initial_adapter(self.model.full_spec, self.config.seed))
+
+    def client(self, partition: int) -> ClientData:
+        """Rows of one partition.
+
+        Raises
+        ------
+        DataError
+            If there is no such partition.
+        """
+        clients = self.data.clients
+        if not 0 <= partition < len(clients):
+            raise DataError(
+                f"partition {partition} does not exist: the data has {len(clients)} clients"
+            )
+        return clients[partition]
+
+    def examples(self, owner: ClientData | None, part: str) -> list[Example]:
+        """Tokenised rows of a client ("train", "validation", "test") or the held-out set."""
+        key = ("" if owner is None else owner.name, part)
+        if key not in self._encoded:
+            rows = self.data.heldout if owner is None else getattr(owner, part)
+            encoder = RowEncoder(self.config.data, self.model.tokenizer, self.model.max_positions)
+            encoded = encoder.encode(rows)
+            if encoded.truncated or encoded.dropped:
+                whose = "held-out set" if owner is None else f"client {owner.name}, {part}"
+                events.publish(
+                    events.Notice(
+                        f"{whose}: of {len(rows)} rows, {encoded.truncated} cut to "
+                        f"{self.config.data.max_length} tokens, {encoded.dropped} dropped "
+                        "(nothing left to learn from)"
+                    )
+                )
+            self._encoded[key] = encoded
+        return self._encoded[key].examples
+
+
+@lru_cache(maxsize=2)
+def workspace_for(config_toml: str, run_dir: str) -> Workspace:
+    """The workspace of a resolved configuration; one a process."""
+    import tomllib
+
+    return Workspace(parse_config(tomllib.loads(config_toml)), Path(run_dir))
+
+
+def _model_key(config: Config) -> str:
+    """Everything the loaded model depends on; runs that differ elsewhere share it."""
+    reduced = Config(model=config.model, lora=config.lora)
+    return reduced.to_toml()
+
+
+@lru_cache(maxsize=1)
+def _shared_model(key: str) -> AdaptedModel:
+    import tomllib
+
+    from cgfedllm.model import load_adapted_model
+
+    return load_adapted_model(parse_config(tomllib.loads(key)))

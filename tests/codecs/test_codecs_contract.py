@@ -1,0 +1,434 @@
+"""What every codec keeps, whatever it does inside. A new codec inherits all of this by its name.
+
+A new codec's golden packet is written once, by hand, when its format is settled::
+
+    PYTHONPATH=src python tests/codecs/test_codecs_contract.py NAME
+"""
+
+import random
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import (
+    Codec,
+    CodecContext,
+    CodecOptions,
+    CodecState,
+    codec_class,
+    codec_names,
+    make_codec,
+    register,
+)
+from cgfedllm.codecs.packet import HEADER_SIZE, Packet
+from cgfedllm.errors import CodecError, PacketError
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+GOLDEN = Path(__file__).parent / "golden"
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+# ---- the cases ----------------------------------------------------------------------------------
+
+LAYER = "base_model.model.model.layers.0.self_attn"
+GOLDEN_SPEC = AdapterSpec.from_shapes(
+    {
+        f"{LAYER}.q_proj.lora_A.weight": (2, 5),
+        f"{LAYER}.q_proj.lora_B.weight": (4, 2),
+        f"{LAYER}.v_proj.lora_A.weight": (2, 5),
+        f"{LAYER}.v_proj.lora_B.weight": (3, 2),
+    }
+)
+SPECS = {
+    "golden": GOLDEN_SPEC,
+    "one element": AdapterSpec.from_shapes({"x": (1,)}),
+    "one element A": AdapterSpec.from_shapes({"m.0.q.lora_A.weight": (1, 1)}),
+    "only B": AdapterSpec.from_shapes({"m.0.q.lora_B.weight": (7, 3)}),
+    "odd shapes": AdapterSpec.from_shapes(
+        {
+            "scalar": (),
+            "vector": (5,),
+            "conv.lora_A.weight": (2, 3, 2, 2),
+            "conv.lora_B.weight": (4, 2, 2, 2),
+            "cube": (2, 3, 4),
+        }
+    ),
+}
+SPECS_BY_NAME = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def golden_update() -> AdapterUpdate:
+    """Element i is ((37 i) mod 101 - 50) / 64; the last row of the last A factor is zero."""
+    index = np.arange(GOLDEN_SPEC.size)
+    vector = ((37 * index) % 101 - 50).astype(np.float32) / np.float32(64)
+    update = AdapterUpdate(GOLDEN_SPEC, vector)
+    update.views()[f"{LAYER}.v_proj.lora_A.weight"][1] = 0
+    return update
+
+
+def one_hot(size: int, value: float) -> np.ndarray:
+    vector = np.zeros(size, np.float32)
+    vector[size // 2] = value
+    return vector
+
+
+def alternating(size: int, value: float) -> np.ndarray:
+    return np.where(np.arange(size) % 2, -value, value).astype(np.float32)
+
+
+VECTORS: dict[str, Callable[[int], np.ndarray]] = {
+    "zero": lambda n: np.zeros(n, np.float32),
+    "minus zero": lambda n: np.full(n, -0.0, np.float32),
+    "constant": lambda n: np.full(n, 0.3, np.float32),
+    "one hot": lambda n: one_hot(n, 1.0),
+    "one hot, huge": lambda n: one_hot(n, -1e38),
+    "huge": lambda n: alternating(n, 1e38),
+    "largest": lambda n: alternating(n, FLOAT32_MAX),
+    "tiny": lambda n: alternating(n, 1e-30),
+    "denormal": lambda n: alternating(n, 1e-41),
+    "smallest denormal": lambda n: np.full(n, 1e-45, np.float32),
+    "bf16 values": lambda n: alternating(n, 1.5),
+    "mixed magnitudes": lambda n: np.logspace(-44, 38, n).astype(np.float32),
+    "normal": lambda n: np.random.default_rng(1).standard_normal(n).astype(np.float32),
+}
+VECTORS_BY_NAME = pytest.mark.parametrize("vector", VECTORS.values(), ids=VECTORS)
+
+
+@pytest.fixture(params=codec_names())
+def codec(request: pytest.FixtureRequest) -> Codec:
+    return make_codec(request.param)
+
+
+def context_for(spec: AdapterSpec, round: int = 3) -> CodecContext:
+    return CodecContext(spec, round=round, seed=11)
+
+
+def normal(spec: AdapterSpec, seed: int = 0) -> AdapterUpdate:
+    rng = np.random.default_rng(seed)
+    return AdapterUpdate(spec, rng.standard_normal(spec.size, np.float32) * np.float32(1e-3))
+
+
+# ---- round trip ---------------------------------------------------------------------------------
+
+
+@SPECS_BY_NAME
+@VECTORS_BY_NAME
+def test_round_trip(codec: Codec, spec: AdapterSpec, vector: Callable[[int], np.ndarray]) -> None:
+    update = AdapterUpdate(spec, vector(spec.size))
+    before = update.vector.copy()
+    blob = codec.encode(update, context_for(spec))
+    decoded = codec.decode(blob, context_for(spec))
+    assert decoded.spec.hash == spec.hash
+    assert decoded.vector.dtype == np.float32
+    assert decoded.vector.shape == (spec.size,)
+    assert decoded.is_finite()
+    assert update.vector.tobytes() == before.tobytes(), "encode changed its input"
+    assert codec.encode(update, context_for(spec)) == blob, "the same input gave other bytes"
+    if codec.lossless:
+        assert decoded.vector.tobytes() == before.tobytes()
+
+
+@SPECS_BY_NAME
+def test_zero_stays_zero(codec: Codec, spec: AdapterSpec) -> None:
+    blob = codec.encode(AdapterUpdate.zeros(spec), context_for(spec))
+    assert not codec.decode(blob, context_for(spec)).vector.any()
+
+
+@given(data=st.data())
+def test_any_finite_update(data: st.DataObject) -> None:
+    codec = make_codec(data.draw(st.sampled_from(codec_names())))
+    spec = data.draw(st.sampled_from(list(SPECS.values())))
+    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    vector = data.draw(npst.arrays(np.float32, spec.size, elements=finite))
+    decoded = codec.decode(
+        codec.encode(AdapterUpdate(spec, vector), context_for(spec)), context_for(spec)
+    )
+    assert decoded.is_finite()
+
+
+def test_decoding_reduces_the_error(codec: Codec) -> None:
+    update = normal(GOLDEN_SPEC)
+    decoded = codec.decode(codec.encode(update, context_for(GOLDEN_SPEC)), context_for(GOLDEN_SPEC))
+    assert (update - decoded).norm() < update.norm()
+
+
+def test_decoded_values_are_writable_and_its_own(codec: Codec) -> None:
+    blob = codec.encode(normal(GOLDEN_SPEC), context_for(GOLDEN_SPEC))
+    first = codec.decode(blob, context_for(GOLDEN_SPEC))
+    first.vector[:] = 1
+    assert codec.decode(blob, context_for(GOLDEN_SPEC)).vector.tolist() != first.vector.tolist()
+
+
+@SPECS_BY_NAME
+def test_packet_size_is_exact(codec: Codec, spec: AdapterSpec) -> None:
+    size = codec.packet_size(spec)
+    if size is not None:
+        assert len(codec.encode(normal(spec), context_for(spec))) == size
+        assert len(codec.encode(AdapterUpdate.zeros(spec), context_for(spec))) == size
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_updates_are_refused(codec: Codec, bad: float) -> None:
+    update = normal(GOLDEN_SPEC)
+    update.vector[4] = bad
+    with pytest.raises(CodecError, match="NaN or infinity"):
+        codec.encode(update, context_for(GOLDEN_SPEC))
+
+
+def test_update_of_another_adapter_is_refused(codec: Codec) -> None:
+    with pytest.raises(CodecError, match="another adapter"):
+        codec.encode(normal(SPECS["only B"]), context_for(GOLDEN_SPEC))
+
+
+def test_another_process_decodes_the_same_bits(codec: Codec, tmp_path: Path) -> None:
+    update = normal(GOLDEN_SPEC)
+    blob = codec.encode(update, context_for(GOLDEN_SPEC))
+    (tmp_path / "packet").write_bytes(blob)
+    (tmp_path / "spec").write_text(GOLDEN_SPEC.to_json())
+    code = (
+        "import sys, pathlib\n"
+        "from cgfedllm.adapter import AdapterSpec\n"
+        "from cgfedllm.codecs import CodecContext, make_codec\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "context = CodecContext(AdapterSpec.from_json((folder / 'spec').read_text()), 3, 11)\n"
+        "update = make_codec(sys.argv[2]).decode((folder / 'packet').read_bytes(), context)\n"
+        "(folder / 'decoded').write_bytes(update.vector.tobytes())\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path, codec.name], check=True, timeout=60)
+    here = codec.decode(blob, context_for(GOLDEN_SPEC))
+    assert (tmp_path / "decoded").read_bytes() == here.vector.tobytes()
+
+
+# ---- what is not this run's packet --------------------------------------------------------------
+
+
+def test_replayed_packet_is_refused(codec: Codec) -> None:
+    blob = codec.encode(normal(GOLDEN_SPEC), context_for(GOLDEN_SPEC, round=3))
+    with pytest.raises(PacketError, match="round is 3, expected 4"):
+        codec.decode(blob, context_for(GOLDEN_SPEC, round=4))
+
+
+def test_packet_for_another_adapter_is_refused(codec: Codec) -> None:
+    blob = codec.encode(normal(SPECS["only B"]), context_for(SPECS["only B"]))
+    with pytest.raises(PacketError, match="spec hash"):
+        codec.decode(blob, context_for(GOLDEN_SPEC))
+
+
+def test_packet_of_another_codec_is_refused(codec: Codec) -> None:
+    for name in set(codec_names()) - {codec.name}:
+        blob = make_codec(name).encode(normal(GOLDEN_SPEC), context_for(GOLDEN_SPEC))
+        with pytest.raises(PacketError, match="codec is"):
+            codec.decode(blob, context_for(GOLDEN_SPEC))
+
+
+def test_packet_of_another_codec_version_is_refused(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = codec.encode(normal(GOLDEN_SPEC), context_for(GOLDEN_SPEC))
+    monkeypatch.setattr(type(codec), "version", codec.version + 1)
+    with pytest.raises(PacketError, match="codec version"):
+        codec.decode(blob, context_for(GOLDEN_SPEC))
+
+
+def test_packet_of_another_state_is_refused(codec: Codec) -> None:
+    blob = codec.encode(normal(GOLDEN_SPEC), context_for(GOLDEN_SPEC))
+    other = CodecContext(GOLDEN_SPEC, round=3, state=CodecState(hash=b"\1" * 8))
+    with pytest.raises(PacketError, match="state hash"):
+        codec.decode(blob, other)
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+
+def mutations(blob: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """Damaged copies, never equal to the original."""
+    rng = random.Random(seed)
+    made = 0
+    while made < count:
+        damaged = bytearray(blob)
+        at = rng.randrange(len(damaged))
+        match rng.randrange(8):
+            case 0:
+                damaged[at] ^= 1 << rng.randrange(8)
+            case 1:
+                damaged[at] = rng.randrange(256)
+            case 2:
+                for _ in range(rng.randrange(2, 20)):
+                    damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            case 3:
+                del damaged[at : at + rng.randrange(1, 9)]
+            case 4:
+                damaged[at:at] = rng.randbytes(rng.randrange(1, 9))
+            case 5:
+                del damaged[at:]
+            case 6:
+                damaged += rng.randbytes(rng.randrange(1, 40))
+            case 7:
+                other = rng.randrange(len(damaged))
+                damaged[at], damaged[other] = damaged[other], damaged[at]
+        if damaged != blob:
+            made += 1
+            yield bytes(damaged)
+
+
+def resealed(blob: bytes) -> bytes:
+    """The same bytes with a payload length and a checksum that fit them."""
+    if len(blob) < HEADER_SIZE:
+        return blob
+    head = blob[:44] + (len(blob) - HEADER_SIZE).to_bytes(4, "little")
+    payload = blob[HEADER_SIZE:]
+    return head + zlib.crc32(payload, zlib.crc32(head)).to_bytes(4, "little") + payload
+
+
+def check_mutations(codec: Codec, count: int) -> None:
+    context = context_for(GOLDEN_SPEC)
+    blob = codec.encode(normal(GOLDEN_SPEC), context)
+    for damaged in mutations(blob, count, seed=count):
+        with pytest.raises(PacketError):
+            codec.decode(damaged, context)
+        try:
+            decoded = codec.decode(resealed(damaged), context)
+        except PacketError:
+            continue
+        assert decoded.is_finite()
+        assert decoded.vector.shape == (GOLDEN_SPEC.size,)
+
+
+def test_damage_is_detected(codec: Codec) -> None:
+    check_mutations(codec, 2_000)
+
+
+@pytest.mark.slow
+def test_damage_is_detected_at_length(codec: Codec) -> None:
+    check_mutations(codec, 100_000)
+
+
+def test_every_truncation_and_every_single_bit_is_detected(codec: Codec) -> None:
+    context = context_for(GOLDEN_SPEC)
+    blob = codec.encode(normal(GOLDEN_SPEC), context)
+    for end in range(len(blob)):
+        with pytest.raises(PacketError):
+            codec.decode(blob[:end], context)
+    for bit in range(8 * len(blob)):
+        damaged = bytearray(blob)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(PacketError):
+            codec.decode(bytes(damaged), context)
+
+
+@given(blob=st.binary(max_size=300))
+def test_noise_is_refused(blob: bytes) -> None:
+    for name in codec_names():
+        with pytest.raises(PacketError):
+            make_codec(name).decode(blob, context_for(GOLDEN_SPEC))
+
+
+@given(data=st.data())
+def test_any_payload_in_a_valid_packet(data: st.DataObject) -> None:
+    codec = make_codec(data.draw(st.sampled_from(codec_names())))
+    spec = data.draw(st.sampled_from(list(SPECS.values())))
+    size = codec.payload_size(spec)
+    length = st.integers(0, 400) if size is None else st.just(size) | st.integers(0, 400)
+    n = data.draw(length)
+    blob = Packet(
+        codec=codec.name,
+        codec_version=codec.version,
+        spec_hash=spec.hash,
+        state_hash=context_for(spec).state.hash,
+        round=3,
+        parameters=spec.size,
+        payload=data.draw(st.binary(min_size=n, max_size=n)),
+    ).to_bytes()
+    try:
+        decoded = codec.decode(blob, context_for(spec))
+    except PacketError:
+        return
+    assert decoded.is_finite()
+
+
+def test_infinity_in_a_valid_packet_is_refused() -> None:
+    spec = SPECS["one element"]
+    for name, payload in {"raw": b"\0\0\x80\x7f", "bf16": b"\xc0\x7f"}.items():
+        codec = make_codec(name)
+        packet = Packet(name, codec.version, spec.hash, bytes(8), 3, spec.size, payload)
+        with pytest.raises(PacketError, match="NaN or infinity"):
+            codec.decode(packet.to_bytes(), context_for(spec))
+
+
+# ---- golden packets -----------------------------------------------------------------------------
+
+
+def golden_packet(codec: Codec) -> bytes:
+    return codec.encode(golden_update(), CodecContext(GOLDEN_SPEC, round=7))
+
+
+def test_golden_packet(codec: Codec) -> None:
+    expected = bytes.fromhex((GOLDEN / f"{codec.name}.hex").read_text())
+    assert golden_packet(codec) == expected, (
+        "the wire format changed: old and new releases cannot talk to each other. "
+        "If that is meant, raise the codec's version and remake the golden packet"
+    )
+
+
+def test_golden_packet_decodes_to_its_update(codec: Codec) -> None:
+    blob = bytes.fromhex((GOLDEN / f"{codec.name}.hex").read_text())
+    decoded = codec.decode(blob, CodecContext(GOLDEN_SPEC, round=7))
+    assert (decoded - golden_update()).norm() <= 0.02 * golden_update().norm()
+
+
+# ---- registry and context -----------------------------------------------------------------------
+
+
+def test_every_codec_says_what_it_is(codec: Codec) -> None:
+    assert codec.summary
+    assert codec.version >= 1
+    assert codec_class(codec.name) is type(codec)
+
+
+def test_unknown_option_is_refused(codec: Codec) -> None:
+    with pytest.raises(CodecError, match="no_such_option"):
+        make_codec(codec.name, {"no_such_option": 1})
+
+
+def test_unknown_codec_names_the_nearest() -> None:
+    with pytest.raises(CodecError, match="did you mean 'int8'"):
+        make_codec("int9")
+    with pytest.raises(CodecError, match="known: "):
+        make_codec("????")
+
+
+@pytest.mark.parametrize("name", ["raw", "", "thirteen_char", "naïve"])
+def test_names_that_cannot_be_registered(name: str) -> None:
+    class Misnamed(codec_class("raw")):  # type: ignore[misc]
+        Options = CodecOptions
+
+    Misnamed.name = name
+    with pytest.raises(CodecError):
+        register(Misnamed)
+
+
+@pytest.mark.parametrize("round", [-1, 2**32])
+def test_rounds_that_do_not_fit(round: int) -> None:
+    with pytest.raises(CodecError, match="32"):
+        CodecContext(GOLDEN_SPEC, round=round)
+
+
+def test_largest_round_fits(codec: Codec) -> None:
+    context = context_for(GOLDEN_SPEC, round=2**32 - 1)
+    assert codec.decode(codec.encode(normal(GOLDEN_SPEC), context), context).is_finite()
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:]:
+        with (GOLDEN / f"{wanted}.hex").open("x") as file:  # never overwrites
+            digits = golden_packet(make_codec(wanted)).hex()
+            file.writelines(f"{digits[i : i + 64]}\n" for i in range(0, len(digits), 64))
