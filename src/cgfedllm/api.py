@@ -290,9 +290,7 @@ def _federate(config: Config, folder: RunFolder, listeners: Sequence[Listener]) 
 
 
 @contextmanager
-def _watched(
-    config: Config, folder: RunFolder, listeners: Sequence[Listener]
-) -> Iterator[None]:
+def _watched(config: Config, folder: RunFolder, listeners: Sequence[Listener]) -> Iterator[None]:
     from cgfedllm.report.trackers import trackers
 
     # Flower reports every round on stderr; ours is told through events

@@ -100,7 +100,9 @@ def full_spec(model: torch.nn.Module) -> AdapterSpec:
     return AdapterSpec.from_shapes({n: p.shape for n, p in adapter_parameters(model).items()})
 
 
-def specs_from_config(config: PretrainedConfig, lora: LoraConfig) -> tuple[AdapterSpec, AdapterSpec]:
+def specs_from_config(
+    config: PretrainedConfig, lora: LoraConfig
+) -> tuple[AdapterSpec, AdapterSpec]:
     """(trained spec, full spec) from a model's configuration alone; no weight is loaded.
 
     Raises

@@ -224,7 +224,7 @@ def resolve_model_id(config: ModelConfig) -> str:
 
 def _from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
     source = resolve_model_id(config)
-    looks_local = source.startswith((".", "/", "~")) or os.sep == "\\" and ":" in source
+    looks_local = source.startswith((".", "/", "~")) or (os.sep == "\\" and ":" in source)
     if looks_local and not Path(source).is_dir():
         raise ModelError(f"model.id: folder {source} does not exist")
     try:

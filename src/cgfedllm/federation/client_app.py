@@ -41,8 +41,8 @@ from cgfedllm.federation.messages import (
     packet_of,
     packet_record,
 )
-from cgfedllm.workspace import Workspace, workspace_for
 from cgfedllm.training.optim import OptimizerState
+from cgfedllm.workspace import Workspace, workspace_for
 
 # where `train` leaves optimiser moments for `compression`, in Flower's scratchpad for mods
 _MOMENTS = "optimizer-moments"
@@ -70,9 +70,7 @@ def open_session(context: Context) -> ClientSession:
     DataError
         If the node was not given a partition.
     """
-    workspace = workspace_for(
-        str(context.run_config["config"]), str(context.run_config["run-dir"])
-    )
+    workspace = workspace_for(str(context.run_config["config"]), str(context.run_config["run-dir"]))
     partition = context.node_config.get("partition-id")
     if partition is None:
         raise DataError(
@@ -234,7 +232,10 @@ def _send(
     content[ARRAYS] = packet_record(encoded.packet)
     events.publish(
         events.ClientFinished(
-            name, round, float(metrics["train-loss"]), len(encoded.packet)  # type: ignore[arg-type]
+            name,
+            round,
+            float(metrics["train-loss"]),
+            len(encoded.packet),  # type: ignore[arg-type]
         )
     )
 

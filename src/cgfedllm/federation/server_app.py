@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from cgfedllm import __version__, events
-from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.errors import CgFedLlmError, FederationError
 from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from cgfedllm.federation.downlink import Broadcaster
-from cgfedllm.interrupt import check_interrupt
 from cgfedllm.federation.messages import (
     CONFIG,
     METRICS,
@@ -26,10 +23,11 @@ from cgfedllm.federation.messages import (
 )
 from cgfedllm.federation.strategies import make_strategy, restore_strategy, strategy_state
 from cgfedllm.federation.strategy import CompressedStrategy, Received, RoundTally
-from cgfedllm.workspace import Workspace, workspace_for
+from cgfedllm.interrupt import check_interrupt
 from cgfedllm.metrics import ClientRecord, FailureRecord, RoundRecord
 from cgfedllm.peft_format import save_adapter
 from cgfedllm.runs import RunFolder
+from cgfedllm.workspace import Workspace, workspace_for
 
 _POLL_SECONDS = 0.5
 

@@ -109,4 +109,3 @@ def rebase(strategy: Strategy) -> None:
     """
     if isinstance(getattr(strategy, "current_arrays", None), ArrayRecord):
         strategy.current_arrays = None  # type: ignore[attr-defined]
-

@@ -205,9 +205,7 @@ class CompressedStrategy(Strategy):
             self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
             yield _plain(reply, adapter, weight), adapter, weight
 
-    def _mean(
-        self, decoded: Iterable[tuple[Message, AdapterUpdate, float]]
-    ) -> Message | None:
+    def _mean(self, decoded: Iterable[tuple[Message, AdapterUpdate, float]]) -> Message | None:
         total = np.zeros(self._spec.size, np.float64)
         weights = 0.0
         last: Message | None = None

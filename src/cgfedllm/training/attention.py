@@ -39,7 +39,18 @@ def supports_packing(model: Any, max_length: int) -> bool:
 
 # attention sinks, recurrent or chunked layers: state or terms beyond plain causal attention
 _STATEFUL_OR_CAPPED = frozenset(
-    {"gpt_oss", "jamba", "mamba", "mamba2", "bamba", "falcon_h1", "zamba", "zamba2", "lfm2", "llama4"}
+    {
+        "gpt_oss",
+        "jamba",
+        "mamba",
+        "mamba2",
+        "bamba",
+        "falcon_h1",
+        "zamba",
+        "zamba2",
+        "lfm2",
+        "llama4",
+    }
 )
 
 

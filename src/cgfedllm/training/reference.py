@@ -13,10 +13,10 @@ from cgfedllm.data.batching import steps_per_round
 from cgfedllm.data.encoding import Example
 from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.interrupt import check_interrupt
-from cgfedllm.workspace import Workspace
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.training.local import LocalTrainer
 from cgfedllm.training.optim import OptimizerState
+from cgfedllm.workspace import Workspace
 
 ReferenceKind = Literal["centralised", "local-only"]
 Sink = Callable[[RoundRecord], None]
@@ -148,9 +148,7 @@ def _evaluated(
     return record
 
 
-def _nll(
-    workspace: Workspace, adapter: AdapterUpdate, examples: list[Example], what: str
-) -> float:
+def _nll(workspace: Workspace, adapter: AdapterUpdate, examples: list[Example], what: str) -> float:
     return evaluate_nll(
         workspace.model,
         adapter,
@@ -159,4 +157,3 @@ def _nll(
         batch_size=workspace.config.evaluation.batch_size,
         what=what,
     ).nll
-
