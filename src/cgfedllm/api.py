@@ -17,6 +17,7 @@ from cgfedllm.interrupt import check_interrupt, stoppable
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.report.comparison import ComparisonEntry
 from cgfedllm.runs import RunFolder
+from cgfedllm.storage import remove_leftovers
 from cgfedllm.workspace import Workspace, workspace_for
 
 Listener = Callable[[events.Event], None]
@@ -130,10 +131,17 @@ def resume(run_dir: Path | str, *, listeners: Sequence[Listener] = ()) -> RunRes
     config = folder.config()
     with folder:
         records = folder.records()
-        if records and folder.adapter_dir.exists():
-            last = records[-1].round
-            if last >= config.federation.rounds:
-                return RunResult(folder.path, folder.adapter_dir, records, interrupted=False)
+        if _is_complete(folder, config):
+            return RunResult(folder.path, folder.adapter_dir, records, interrupted=False)
+        if records and not any(folder.checkpoints_dir.glob("round-*")):
+            raise CheckpointError(
+                f"{folder.path} has results up to round {records[-1].round} but no checkpoint to "
+                "go on from (references have none); start it again under another name, or with "
+                "overwrite"
+            )
+        # we hold the lock, so temp files here are those of a process that was killed
+        for part in (folder.checkpoints_dir, folder.adapter_dir, *folder.clients_dir.glob("*")):
+            remove_leftovers(part)
         folder.note_resume(records[-1].round if records else 0)
         return _federate(config, folder, listeners)
 
@@ -328,6 +336,7 @@ def _compared(
         changes["name"] = f"{config.name}-seed{seed}"
         wanted = config.with_overrides(changes)
         folder = RunFolder(wanted.with_overrides({"name": f"{wanted.name}-{label}"}).run_dir)
+        _check_same(folder, wanted)
         if _is_complete(folder, wanted):
             return folder.records()
         result = reference(wanted, label, overwrite=True, listeners=listeners)
@@ -336,11 +345,7 @@ def _compared(
             changes |= {"uplink.name": label, "uplink.options": CodecConfig().options}
         wanted = config.with_overrides(changes)
         folder = RunFolder(wanted.run_dir)
-        if folder.exists() and folder.config() != wanted:
-            raise ConfigError(
-                f"{folder.path} holds a run of another configuration; compare under another "
-                "--name, or remove it"
-            )
+        _check_same(folder, wanted)
         if _is_complete(folder, wanted):
             return folder.records()
         if folder.exists():
@@ -353,11 +358,25 @@ def _compared(
     return result.records
 
 
+def _check_same(folder: RunFolder, config: Config) -> None:
+    """Refuse to take an earlier run of another configuration for a cell of a comparison."""
+    from cgfedllm.federation.checkpoint import config_fingerprint
+
+    if folder.exists() and config_fingerprint(folder.config()) != config_fingerprint(config):
+        raise ConfigError(
+            f"{folder.path} holds a run of another configuration; compare under another "
+            "--name, or remove it"
+        )
+
+
 def _is_complete(folder: RunFolder, config: Config) -> bool:
-    if not folder.exists() or not folder.adapter_dir.exists():
+    from cgfedllm.peft_format import CONFIG
+
+    # the last file an adapter folder gets; "local-only" has one a client
+    if not any(folder.adapter_dir.glob(f"**/{CONFIG}")):
         return False
     records = folder.records()
-    return bool(records) and records[-1].round == config.federation.rounds
+    return bool(records) and records[-1].round >= config.federation.rounds
 
 
 def _save(folder: Path, workspace: Workspace, adapter: AdapterUpdate) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.allocator import keep_freed_memory
 from cgfedllm.config import EMBEDDED_MODEL, Config, ModelConfig
 from cgfedllm.embedded import embedded_model_folder
 from cgfedllm.errors import MissingExtraError, ModelError, StorageError
@@ -127,6 +128,8 @@ def load_adapted_model(config: Config) -> AdaptedModel:
         If the model cannot be found or loaded, or the LoRA targets match nothing.
     """
     device = pick_device(config.model)
+    if device.type == "cpu":
+        keep_freed_memory()
     base = load_base(config.model, device)
     tokenizer = load_tokenizer(config.model)
     model: Any = attach_lora(base, config.lora)
@@ -223,8 +226,10 @@ def resolve_model_id(config: ModelConfig) -> str:
 
 
 def _from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
+    # a bar for half a second of loading would only break the run's own display
+    disable_progress_bar()
     source = resolve_model_id(config)
-    looks_local = source.startswith((".", "/", "~")) or (os.sep == "\\" and ":" in source)
+    looks_local = source.startswith((".", "/", "~"))
     if looks_local and not Path(source).is_dir():
         raise ModelError(f"model.id: folder {source} does not exist")
     try:

@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cgfedllm import events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, make_codec
 from cgfedllm.config import Config, parse_config
@@ -122,22 +121,16 @@ class Workspace:
 
     def examples(self, owner: ClientData | None, part: str) -> list[Example]:
         """Tokenised rows of a client ("train", "validation", "test") or the held-out set."""
+        return self.encoded(owner, part).examples
+
+    def encoded(self, owner: ClientData | None, part: str) -> EncodedRows:
+        """As `examples`, with the counts of rows cut and dropped."""
         key = ("" if owner is None else owner.name, part)
         if key not in self._encoded:
             rows = self.data.heldout if owner is None else getattr(owner, part)
             encoder = RowEncoder(self.config.data, self.model.tokenizer, self.model.max_positions)
-            encoded = encoder.encode(rows)
-            if encoded.truncated or encoded.dropped:
-                whose = "held-out set" if owner is None else f"client {owner.name}, {part}"
-                events.publish(
-                    events.Notice(
-                        f"{whose}: of {len(rows)} rows, {encoded.truncated} cut to "
-                        f"{self.config.data.max_length} tokens, {encoded.dropped} dropped "
-                        "(nothing left to learn from)"
-                    )
-                )
-            self._encoded[key] = encoded
-        return self._encoded[key].examples
+            self._encoded[key] = encoder.encode(rows)
+        return self._encoded[key]
 
 
 @lru_cache(maxsize=2)

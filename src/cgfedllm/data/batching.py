@@ -92,7 +92,7 @@ def collate(examples: Sequence[Example], *, packed: bool, pad_token: int = 0) ->
     else:
         shape = (len(examples), max(lengths))
         ids = np.full(shape, pad_token, np.int64)
-        positions = np.broadcast_to(np.arange(shape[1]), shape)
+        positions = np.tile(np.arange(shape[1]), (shape[0], 1))
         labels = np.full(shape, IGNORE, np.int64)
         mask = np.zeros(shape, np.int64)
         for row, (example, after) in enumerate(zip(examples, following, strict=True)):

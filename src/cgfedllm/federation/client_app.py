@@ -101,7 +101,7 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     message.content = RecordDict({ARRAYS: adapter_record(adapter), CONFIG: config})
     reply = call_next(message, context)
     if ARRAYS in reply.content.array_records:
-        moments = context.state.pop(_MOMENTS, None)
+        moments = context.state.array_records.pop(_MOMENTS, None)
         optimizer = None if moments is None else _arrays(moments)
         _send(session, reply.content, adapter, _round(config), decode_seconds, optimizer)
     return reply
@@ -161,10 +161,13 @@ def evaluate(message: Message, context: Context) -> Message:
 def hello(message: Message, context: Context) -> Message:
     """Tell the server who this is and what it runs, before any training."""
     session = open_session(context)
+    rows = session.workspace.encoded(session.data, "train")
     about = ConfigRecord(
         {
             "client": session.data.name,
-            "rows": len(session.data.train),
+            "rows": len(rows.examples),
+            "rows-cut": rows.truncated,
+            "rows-dropped": rows.dropped,
             "spec": session.workspace.spec.hash.hex(),
             "release": __version__,
         }
@@ -234,8 +237,8 @@ def _send(
         events.ClientFinished(
             name,
             round,
-            float(metrics["train-loss"]),
-            len(encoded.packet),  # type: ignore[arg-type]
+            float(metrics["train-loss"]),  # type: ignore[arg-type]
+            len(encoded.packet),
         )
     )
 

@@ -5,9 +5,9 @@
     <folder>/reference-<version>.safetensors   global adapter as last received
     <folder>/memory-<round>.safetensors        error-feedback residual, optimiser moments
 
-Files are kept by version and by round, the last two of each. A server that is killed and goes on
-from its last checkpoint repeats at most one round; the client then finds the files from before
-that round and repeats it to the same result.
+Files are kept by version and by round, the last three of each. A server that is killed goes on
+from one of its last two checkpoints and repeats the rounds after it; the client then finds the
+files from before those rounds and repeats them to the same result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.errors import CheckpointError
 from cgfedllm.storage import load_tensors, save_tensors
 
-_KEEP = 2
+# one more than the server's checkpoints: a round may have begun after the newest of those
+_KEEP = 3
 _RESIDUAL = "residual"
 _OPTIMIZER = "optimizer."
 
@@ -41,27 +42,47 @@ class ClientState:
         self._spec = spec
 
     def reference(self, version: int) -> AdapterUpdate | None:
-        """The global adapter of that version, if it was received and is intact."""
-        return self._read(self._path("reference", version), "values")
+        """The global adapter of that version, if it was received and is intact.
+
+        Raises
+        ------
+        CheckpointError
+            If it belongs to another adapter.
+        """
+        path = self._path("reference", version)
+        try:
+            tensors, metadata = load_tensors(path)
+        except CheckpointError:  # missing or damaged; the server sends it again
+            return None
+        self._check(path, metadata)
+        return AdapterUpdate(self._spec, tensors["values"])
 
     def save_reference(self, version: int, adapter: AdapterUpdate) -> None:
         """Keep a received global adapter."""
         self._write("reference", version, {"values": adapter.vector})
 
     def residual(self, before_round: int) -> AdapterUpdate | None:
-        """The residual left by the last round this client took part in before `before_round`."""
-        path = self._latest("memory", before_round)
-        return self._read(path, _RESIDUAL) if path else None
+        """The residual left by the last round this client took part in before `before_round`.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is damaged or belongs to another adapter.
+        """
+        values = self._memory(before_round).get(_RESIDUAL)
+        return None if values is None else AdapterUpdate(self._spec, values)
 
     def optimizer(self, before_round: int) -> dict[str, Float32Array] | None:
-        """The optimiser moments left by that round."""
-        path = self._latest("memory", before_round)
-        if path is None:
-            return None
-        tensors = load_tensors(path)[0]
+        """The optimiser moments left by that round.
+
+        Raises
+        ------
+        CheckpointError
+            As `residual`.
+        """
         state = {
             name.removeprefix(_OPTIMIZER): np.asarray(values, np.float32)
-            for name, values in tensors.items()
+            for name, values in self._memory(before_round).items()
             if name.startswith(_OPTIMIZER)
         }
         return state or None
@@ -85,26 +106,33 @@ class ClientState:
         if tensors:
             self._write("memory", round, tensors)
 
-    def _read(self, path: Path, name: str) -> AdapterUpdate | None:
-        if not path.exists():
-            return None
-        tensors, metadata = load_tensors(path)
+    def _memory(self, before_round: int) -> dict[str, Float32Array]:
+        earlier = [path for number, path in self._files("memory") if number < before_round]
+        if not earlier:
+            return {}
+        path = earlier[-1]
+        try:
+            tensors, metadata = load_tensors(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; or remove it to go on without what it held") from None
+        self._check(path, metadata)
+        return tensors
+
+    def _check(self, path: Path, metadata: dict[str, str]) -> None:
         if metadata.get("spec") != self._spec.hash.hex():
             raise CheckpointError(
                 f"{path} belongs to another adapter than this run's; "
                 "give the run another name or state folder"
             )
-        values = tensors.get(name)
-        return None if values is None else AdapterUpdate(self._spec, values)
 
     def _write(self, kind: str, number: int, tensors: dict[str, Float32Array]) -> None:
         save_tensors(self._path(kind, number), tensors, {"spec": self._spec.hash.hex()})
-        for _, path in self._files(kind)[:-_KEEP]:
+        # what is newer comes from a time the run has gone back before; it will not come again
+        files = self._files(kind)
+        current = [path for found, path in files if found <= number]
+        newer = [path for found, path in files if found > number]
+        for path in current[:-_KEEP] + newer:
             path.unlink(missing_ok=True)
-
-    def _latest(self, kind: str, before: int) -> Path | None:
-        earlier = [path for number, path in self._files(kind) if number < before]
-        return earlier[-1] if earlier else None
 
     def _files(self, kind: str) -> list[tuple[int, Path]]:
         files = self._folder.glob(f"{kind}-*.safetensors")

@@ -50,6 +50,24 @@ def packet_of(content: RecordDict, *, limit: int) -> bytes:
     return blob
 
 
+def numbers_of(content: RecordDict) -> dict[str, float]:
+    """The metrics in a reply that are single numbers.
+
+    Raises
+    ------
+    PacketError
+        If there are no metrics, or one of them is not finite.
+    """
+    record = content.metric_records.get(METRICS)
+    if record is None:
+        raise PacketError("the reply carries no metrics; is it from another app?")
+    numbers = {name: float(v) for name, v in record.items() if isinstance(v, int | float)}
+    bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+    if bad:
+        raise PacketError(f"the reply's metrics are not finite: {', '.join(sorted(bad))}")
+    return numbers
+
+
 def packet_limit(spec: AdapterSpec) -> int:
     """Longest packet worth reading: twice the float32 values, and room for headers."""
     return 8 * spec.size + 65536

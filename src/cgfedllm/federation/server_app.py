@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -15,11 +17,11 @@ from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_c
 from cgfedllm.federation.downlink import Broadcaster
 from cgfedllm.federation.messages import (
     CONFIG,
-    METRICS,
     REFERENCE_MISSING,
     STATUS,
     adapter_of,
     adapter_record,
+    numbers_of,
 )
 from cgfedllm.federation.strategies import make_strategy, restore_strategy, strategy_state
 from cgfedllm.federation.strategy import CompressedStrategy, Received, RoundTally
@@ -44,6 +46,7 @@ class Directory:
         self._timeout = timeout
         self._names: dict[int, str] = {}
         self._refused: set[int] = set()
+        self._rows: Counter[str] = Counter()
 
     def refresh(self) -> None:
         """Greet nodes not met before; those that run something else are left out, with a word."""
@@ -73,19 +76,31 @@ class Directory:
         """Names of all accepted clients, in order."""
         return tuple(self._names[node] for node in self.nodes())
 
+    def rows(self) -> str:
+        """How many training rows all clients have, and what the length limit did to them."""
+        cut, dropped = self._rows["rows-cut"], self._rows["rows-dropped"]
+        return (
+            f"{self._rows['rows']} training rows in {len(self._names)} clients; "
+            f"{cut} were cut to data.max_length, {dropped} dropped (no answer left to learn from)"
+        )
+
     def _accept(self, reply: Message) -> str:
         if reply.has_error():
             raise FederationError(reply.error.reason or "it answered with an error")
-        about = reply.content.config_records[CONFIG]
+        about = reply.content.config_records.get(CONFIG, ConfigRecord())
+        if not {"client", "release", "spec"} <= set(about):
+            raise FederationError("it does not answer as a client of this app does")
         name = str(about["client"])
         if about["release"] != __version__:
-            raise FederationError(f"{name} runs release {about['release']}, not {__version__}")
+            raise FederationError(f"{name} runs release {about['release']!s}, not {__version__}")
         if about["spec"] != self._spec_hash:
             raise FederationError(
                 f"{name} has another adapter (other base model, rank or target modules)"
             )
         if name in self._names.values():
             raise FederationError(f"a client named {name!r} is connected already")
+        for key in ("rows", "rows-cut", "rows-dropped"):
+            self._rows[key] += int(about.get(key, 0))  # type: ignore[arg-type]
         return name
 
 
@@ -164,7 +179,10 @@ class Server:
         self._folder = RunFolder(workspace.run_dir)
         federation = self._config.federation
         spec = workspace.spec
-        self._directory = Directory(grid, spec.hash.hex(), federation.timeout)
+        # where every client runs in this very process none can be late, only last in the queue
+        self._complete = bool(getattr(grid, "complete", False))
+        self._timeout = math.inf if self._complete else federation.timeout
+        self._directory = Directory(grid, spec.hash.hex(), self._timeout)
         self._grid = NamedGrid(grid, self._directory)
         self._broadcaster = Broadcaster(spec, workspace.downlink, self._config.seed)
         self._strategy = CompressedStrategy(
@@ -174,6 +192,7 @@ class Server:
             broadcaster=self._broadcaster,
             seed=self._config.seed,
             weighting=federation.weighting,
+            min_replies=federation.min_clients,
             client_name=self._directory.name,
         )
         self._adapter = workspace.start
@@ -202,6 +221,7 @@ class Server:
                 resumed_from=max(done, 0),
             )
         )
+        events.publish(events.Notice(self._directory.rows()))
         if done < 0:
             self._finish_round(RoundRecord(round=0), RoundTally(), time.perf_counter(), {})
         for round_ in range(max(done, 0) + 1, self._config.federation.rounds + 1):
@@ -214,6 +234,7 @@ class Server:
             self._folder.checkpoints_dir, self._workspace.spec, self._config
         )
         if checkpoint is None:
+            self._folder.truncate_after(-1)
             self._broadcaster.advance(self._adapter, 0)
             return -1
         self._adapter = checkpoint.adapter
@@ -236,34 +257,24 @@ class Server:
             if here >= federation.min_clients:
                 return
             check_interrupt()
-            if time.monotonic() > deadline or self._is_complete():
+            if time.monotonic() > deadline or self._complete:
                 raise FederationError(
                     f"{here} clients are there, federation.min_clients is "
                     f"{federation.min_clients}; connect more or lower it"
                 )
             time.sleep(_POLL_SECONDS)
 
-    def _is_complete(self) -> bool:
-        """Whether no further client can ever connect."""
-        return bool(getattr(self._grid._grid, "complete", False))
-
     def _round(self, round_: int) -> None:
         federation = self._config.federation
         began = time.perf_counter()
-        failures: list[tuple[str, str]] = []
         tally = RoundTally()
         for attempt in range(1, federation.round_retries + 2):
             self._directory.refresh()
             self._strategy.attempt = attempt
-            downlink = tally.downlink_bytes
-            broadcasts = tally.broadcasts
-            tally = self._strategy.tally = RoundTally(
-                downlink_bytes=downlink, broadcasts=broadcasts
-            )
+            tally = self._strategy.tally = tally.next_attempt()
             seconds: dict[str, float] = {}
             arrays = self._train(round_, seconds)
-            failures += tally.failures
-            if arrays is not None and len(tally.received) >= federation.min_clients:
+            if arrays is not None:
                 break
             events.publish(
                 events.Notice(
@@ -273,13 +284,19 @@ class Server:
                 )
             )
         else:
-            reasons = "; ".join(f"{client}: {reason}" for client, reason in failures[-3:])
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in tally.failures[-3:])
             raise FederationError(
                 f"round {round_} had too few usable replies in {attempt} attempts "
                 f"(federation.min_clients = {federation.min_clients}). Last failures: {reasons}. "
                 f"What was done is kept; to go on later: cgfedllm resume {self._folder.path}"
             )
         proposed = adapter_of(self._workspace.spec, arrays)
+        if not proposed.is_finite():
+            raise FederationError(
+                f"round {round_}: what {federation.strategy.name!r} makes of the replies is not "
+                "finite; lower training.lr (or federation.strategy.lr) and start again. Nothing "
+                "of this round was kept"
+            )
         change = (proposed - self._adapter).scaled(federation.server_lr)
         # adding back a difference is not exact; with a rate of one the proposal is taken as it is
         self._adapter = proposed if federation.server_lr == 1.0 else self._adapter + change
@@ -287,7 +304,6 @@ class Server:
         record = RoundRecord(
             round=round_,
             attempts=attempt,
-            failures=[FailureRecord(client, reason) for client, reason in failures],
             update_norm=change.norm(),
             product_gap=tally.product_gap,
         )
@@ -311,20 +327,19 @@ class Server:
     def _replies(self, messages: list[Message]) -> Iterator[Message]:
         """Replies as they come; a client that lost its reference is sent it whole, once."""
         by_node = {message.metadata.dst_node_id: message for message in messages}
-        timeout = self._config.federation.timeout
         again: list[Message] = []
-        for reply in receive(self._grid, messages, timeout):
+        for reply in receive(self._grid, messages, self._timeout):
             node = reply.metadata.src_node_id
             if _lost_reference(reply):
                 again.append(self._strategy.resend(by_node[node]))
             else:
                 by_node.pop(node, None)
                 yield reply
-        for reply in receive(self._grid, again, timeout):
+        for reply in receive(self._grid, again, self._timeout):
             by_node.pop(reply.metadata.src_node_id, None)
             yield reply
         for node in by_node:
-            reason = f"no reply within {timeout:g} s"
+            reason = f"no reply within {self._timeout:g} s"
             self._strategy.tally.failures.append((self._directory.name(node), reason))
 
     def _finish_round(
@@ -335,8 +350,7 @@ class Server:
         evaluating = time.perf_counter()
         self._evaluate(record)
         seconds["evaluate"] = time.perf_counter() - evaluating
-        for client, reason in tally.failures[len(record.failures) :]:
-            record.failures.append(FailureRecord(client, reason))
+        record.failures = [FailureRecord(client, reason) for client, reason in tally.failures]
         for failure in record.failures:
             text = f"round {record.round}: {failure.client} is left out: {failure.reason}"
             events.publish(events.Notice(text, "warning"))
@@ -382,10 +396,15 @@ class Server:
             )
             for reply in self._replies(list(messages)):
                 name = self._directory.name(reply.metadata.src_node_id)
-                if reply.has_error():
-                    self._strategy.tally.failures.append((name, str(reply.error.reason)))
-                elif "nll" in (metrics := reply.content.metric_records[METRICS]):
-                    record.client_nll[name] = float(metrics["nll"])  # type: ignore[arg-type]
+                try:
+                    if reply.has_error():
+                        raise FederationError(reply.error.reason or "it answered with an error")
+                    metrics = numbers_of(reply.content)
+                except CgFedLlmError as error:
+                    self._strategy.tally.failures.append((name, str(error)))
+                    continue
+                if "nll" in metrics:
+                    record.client_nll[name] = metrics["nll"]
             record.client_nll = dict(sorted(record.client_nll.items()))
 
     def _count(self, record: RoundRecord, tally: RoundTally) -> None:
@@ -394,9 +413,9 @@ class Server:
             _client_record(received, tally.downlink_bytes.get(received.client, 0))
             for received in sorted(tally.received, key=lambda received: received.client)
         ]
-        record.uplink_bytes = sum(received.packet_bytes for received in tally.received)
+        record.uplink_bytes = tally.uplink_bytes
         record.downlink_bytes = sum(tally.downlink_bytes.values())
-        record.uplink_bytes_fp32 = fp32 * len(tally.received)
+        record.uplink_bytes_fp32 = fp32 * tally.uplinks
         record.downlink_bytes_fp32 = fp32 * tally.broadcasts
         for name in ("uplink_bytes", "downlink_bytes", "uplink_bytes_fp32", "downlink_bytes_fp32"):
             total = getattr(before, f"{name}_total") + getattr(record, name)

@@ -38,7 +38,7 @@ def make_strategy(config: FederationConfig, spec: AdapterSpec) -> Strategy:
         "configrecord_key": CONFIG,
     }
     options = config.strategy
-    adaptive = {
+    adaptive: dict[str, Any] = {
         "eta": options.lr,
         "beta_1": options.betas[0],
         "beta_2": options.betas[1],

@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -36,6 +36,7 @@ from cgfedllm.federation.messages import (
     VERSION,
     adapter_of,
     adapter_record,
+    numbers_of,
     packet_limit,
     packet_of,
     packet_record,
@@ -58,13 +59,35 @@ class Received:
 
 @dataclass
 class RoundTally:
-    """What went over the wire in one round and what came of it."""
+    """What went over the wire in one round and what came of it.
+
+    Parameters
+    ----------
+    received : list of Received
+        Usable replies of the last attempt.
+    failures : list of (str, str)
+        Client and reason, of all attempts.
+    uplink_bytes, uplinks : int
+        Packets that came in, of all attempts, usable or not: their bytes and their number.
+    downlink_bytes : dict of int
+        Bytes sent to each client, in all attempts.
+    broadcasts : int
+        Packets sent.
+    product_gap : float or None
+        See `RoundRecord`.
+    """
 
     received: list[Received] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    uplink_bytes: int = 0
+    uplinks: int = 0
     downlink_bytes: dict[str, int] = field(default_factory=dict)
     broadcasts: int = 0
     product_gap: float | None = None
+
+    def next_attempt(self) -> RoundTally:
+        """For another attempt at the round: what was sent stays sent."""
+        return replace(self, received=[], product_gap=None)
 
 
 class CompressedStrategy(Strategy):
@@ -84,6 +107,9 @@ class CompressedStrategy(Strategy):
         For client sampling, and for codecs with common random numbers.
     weighting : str
         "examples" or "uniform".
+    min_replies : int
+        With fewer usable replies the inner strategy is not called: a round that is tried again
+        must not move its moments twice.
     client_name : callable
         From node id to the name used in logs and records.
     """
@@ -97,6 +123,7 @@ class CompressedStrategy(Strategy):
         broadcaster: Broadcaster,
         seed: int,
         weighting: str = "examples",
+        min_replies: int = 1,
         client_name: Callable[[int], str] = str,
     ) -> None:
         self.inner = inner
@@ -107,6 +134,7 @@ class CompressedStrategy(Strategy):
         self._broadcaster = broadcaster
         self._seed = seed
         self._weighting = weighting
+        self._min_replies = min_replies
         self._name = client_name
         self._global = AdapterUpdate.zeros(spec)
 
@@ -162,19 +190,22 @@ class CompressedStrategy(Strategy):
         A reply that is an error, or cannot be decoded, costs only its own share; it is noted in
         `tally.failures`.
         """
-        gap = ProductGap(self._spec)
-        decoded = self._decoded(server_round, replies, gap)
-        if averages_first(self.inner):
-            merged = self._mean(decoded)
-            inputs = [] if merged is None else [merged]
-        else:
-            inputs = [reply for reply, _, _ in decoded]
-        if not inputs:
+        gap, mean = ProductGap(self._spec), _Mean(self._spec)
+        inputs: list[Message] = []
+        for reply, adapter, weight in self._decoded(server_round, replies):
+            gap.add(adapter, weight)
+            mean.add(adapter, weight)
+            if averages_first(self.inner):  # one reply stands for all, whatever their number
+                inputs = [reply]
+            else:
+                inputs.append(_plain(reply, adapter, weight))
+        if not inputs or len(self.tally.received) < self._min_replies:
             return None, None
-        arrays, metrics = self.inner.aggregate_train(server_round, inputs)
-        if arrays is not None:
-            self.tally.product_gap = gap.value(adapter_of(self._spec, arrays))
-        return arrays, metrics
+        average = mean.value()
+        if averages_first(self.inner):
+            inputs = [_plain(inputs[0], average, mean.weight)]
+        self.tally.product_gap = gap.value(average)
+        return self.inner.aggregate_train(server_round, inputs)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -183,8 +214,9 @@ class CompressedStrategy(Strategy):
         return self.inner.aggregate_evaluate(server_round, replies)
 
     def _decoded(
-        self, server_round: int, replies: Iterable[Message], gap: ProductGap
+        self, server_round: int, replies: Iterable[Message]
     ) -> Iterator[tuple[Message, AdapterUpdate, float]]:
+        """Usable replies with their adapter and weight, as they come."""
         context = CodecContext(self._spec, server_round, self._seed)
         limit = packet_limit(self._spec)
         for reply in replies:
@@ -194,28 +226,18 @@ class CompressedStrategy(Strategy):
                     raise CgFedLlmError(reply.error.reason or f"error code {reply.error.code}")
                 began = time.perf_counter()
                 blob = packet_of(reply.content, limit=limit)
+                self.tally.uplink_bytes += len(blob)
+                self.tally.uplinks += 1
                 adapter = self._global + self._uplink.decode(blob, context)
-                metrics = _numbers(reply.content)
-                weight = _weight(metrics) if self._weighting == "examples" else 1.0
+                metrics = numbers_of(reply.content)
+                examples = _examples(metrics)
+                weight = examples if self._weighting == "examples" else 1.0
             except CgFedLlmError as error:
                 self.tally.failures.append((client, str(error)))
                 continue
-            gap.add(adapter, weight)
             seconds = time.perf_counter() - began
             self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
-            yield _plain(reply, adapter, weight), adapter, weight
-
-    def _mean(self, decoded: Iterable[tuple[Message, AdapterUpdate, float]]) -> Message | None:
-        total = np.zeros(self._spec.size, np.float64)
-        weights = 0.0
-        last: Message | None = None
-        for last, adapter, weight in decoded:  # noqa: B007
-            total += weight * adapter.vector.astype(np.float64)
-            weights += weight
-        if last is None:
-            return None
-        mean = AdapterUpdate(self._spec, (total / weights).astype(np.float32))
-        return _plain(last, mean, weights)
+            yield reply, adapter, weight
 
     def _by_name(self, messages: list[Message]) -> list[Message]:
         return sorted(messages, key=lambda message: self._name(message.metadata.dst_node_id))
@@ -231,6 +253,22 @@ class CompressedStrategy(Strategy):
             random.setstate(before)
 
 
+class _Mean:
+    """Weighted mean of adapters that come one by one."""
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self.weight = 0.0
+        self._spec = spec
+        self._total = np.zeros(spec.size, np.float64)
+
+    def add(self, adapter: AdapterUpdate, weight: float) -> None:
+        self._total += weight * adapter.vector.astype(np.float64)
+        self.weight += weight
+
+    def value(self) -> AdapterUpdate:
+        return AdapterUpdate(self._spec, (self._total / self.weight).astype(np.float32))
+
+
 def _plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
     """A reply as a client without compression would have sent it."""
     content = RecordDict(
@@ -240,18 +278,7 @@ def _plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
     return reply
 
 
-def _numbers(content: RecordDict) -> dict[str, float]:
-    record = content.metric_records.get(METRICS)
-    if record is None:
-        raise PacketError("the reply carries no metrics; is it from another app?")
-    numbers = {name: float(v) for name, v in record.items() if isinstance(v, int | float)}
-    bad = [name for name, value in numbers.items() if not np.isfinite(value)]
-    if bad:
-        raise PacketError(f"the reply's metrics are not finite: {', '.join(sorted(bad))}")
-    return numbers
-
-
-def _weight(metrics: dict[str, float]) -> float:
+def _examples(metrics: dict[str, float]) -> float:
     weight = metrics.get(NUM_EXAMPLES, 0.0)
     if not 0 < weight < 2**53:
         raise PacketError(f"the reply's {NUM_EXAMPLES} is {weight}; it must be a positive count")

@@ -21,37 +21,55 @@ _NAME = "cgfedllm_packed"
 def supports_packing(model: Any, max_length: int) -> bool:
     """Whether a model's attention can be packed without changing its result.
 
-    It can if the model takes its attention from transformers' registry, knows `logits_to_keep`,
-    and has neither soft-capping nor a sliding window shorter than the longest row.
+    Windows, chunks and soft-capping are seen in its configuration. Anything else that looks
+    beyond a row (recurrent or convolutional layers, attention sinks, code that does not hand
+    `segment_lengths` through) shows in a trial: two short rows, packed and each alone.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
     window = getattr(config, "sliding_window", None)
     windowed = window is not None and getattr(config, "use_sliding_window", True)
+    chunk = getattr(config, "attention_chunk_size", None)
     return bool(
         getattr(base, "_supports_attention_backend", False)
-        and config.model_type not in _STATEFUL_OR_CAPPED
         and getattr(config, "attn_logit_softcapping", None) is None
         and not getattr(config, "alibi", False)
         and not (windowed and window < max_length)
+        and not (chunk is not None and chunk < max_length)
+        and _packs_exactly(model)
     )
 
 
-# attention sinks, recurrent or chunked layers: state or terms beyond plain causal attention
-_STATEFUL_OR_CAPPED = frozenset(
-    {
-        "gpt_oss",
-        "jamba",
-        "mamba",
-        "mamba2",
-        "bamba",
-        "falcon_h1",
-        "zamba",
-        "zamba2",
-        "lfm2",
-        "llama4",
-    }
-)
+def _packs_exactly(model: Any) -> bool:
+    """Compare the logits of two short rows, packed and alone."""
+    device = next(model.parameters()).device
+    lengths = (7, 6)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(sum(lengths), device=device) * 7919 % vocabulary)[None]
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone = torch.cat(
+                [
+                    model(input_ids=row, position_ids=at, use_cache=False).logits
+                    for row, at in zip(
+                        ids.split(lengths, 1), positions.split(lengths, 1), strict=True
+                    )
+                ],
+                dim=1,
+            ).float()
+            with packed_attention(model):
+                packed = model(
+                    input_ids=ids, position_ids=positions, use_cache=False, segment_lengths=lengths
+                ).logits
+    except (RuntimeError, TypeError, ValueError):  # the model's own code cannot be packed
+        return False
+    finally:
+        model.train(was_training)
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
+    return bool((packed.float() - alone).abs().max() <= tolerance * alone.abs().max())
 
 
 @contextmanager

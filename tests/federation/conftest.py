@@ -1,0 +1,63 @@
+"""Small adapters, and what two runs must have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.runs import RunFolder
+
+LAYER = "base_model.model.model.layers.0.self_attn"
+
+
+@pytest.fixture(scope="session")
+def spec() -> AdapterSpec:
+    """Two modules of one layer, rank 2."""
+    return AdapterSpec.from_shapes(
+        {
+            f"{LAYER}.q_proj.lora_A.weight": (2, 7),
+            f"{LAYER}.q_proj.lora_B.weight": (6, 2),
+            f"{LAYER}.v_proj.lora_A.weight": (2, 5),
+            f"{LAYER}.v_proj.lora_B.weight": (4, 2),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def random_adapter(spec: AdapterSpec) -> Callable[..., AdapterUpdate]:
+    """``random_adapter(seed, scale=1.0)``: normally distributed values."""
+
+    def make(seed: int, scale: float = 1.0, on: AdapterSpec = spec) -> AdapterUpdate:
+        values = np.random.default_rng(seed).standard_normal(on.size) * scale
+        return AdapterUpdate(on, values.astype(np.float32))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def outcome() -> Callable[[Path], dict[str, Any]]:
+    """``outcome(run_dir)``: all that a run left behind and that does not depend on the clock."""
+
+    def read(run_dir: Path) -> dict[str, Any]:
+        folder = RunFolder(run_dir)
+        rounds = []
+        for record in folder.records():
+            row = record.to_dict()
+            row.pop("seconds")
+            for client in row["clients"]:
+                for key in ("train_seconds", "encode_seconds", "decode_seconds"):
+                    client.pop(key)
+            rounds.append(row)
+        adapter = {
+            str(path.relative_to(folder.adapter_dir)): path.read_bytes()
+            for path in sorted(folder.adapter_dir.rglob("*"))
+            if path.is_file()
+        }
+        return {"rounds": rounds, "adapter": adapter}
+
+    return read
