@@ -330,7 +330,7 @@ class EvaluationConfig(Section):
     """Evaluate after every so many rounds (and at the start and the end); 0: start and end only."""
     clients: bool = True
     """Also evaluate on every client's own validation rows (the clients do it, on their side)."""
-    batch_size: Positive = 16
+    batch_size: Positive = 8
     """Rows in one forward pass."""
 
 

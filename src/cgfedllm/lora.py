@@ -76,7 +76,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
-    return adapted  # type: ignore[return-value]
+    return adapted
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -17,6 +19,7 @@ from cgfedllm.config import EMBEDDED_MODEL, Config, ModelConfig
 from cgfedllm.embedded import embedded_model_folder
 from cgfedllm.errors import MissingExtraError, ModelError, StorageError
 from cgfedllm.lora import (
+    ADAPTER_NAME,
     adapter_parameters,
     attach_lora,
     full_spec,
@@ -56,7 +59,8 @@ class AdaptedModel:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def max_positions(self) -> int | None:
@@ -104,19 +108,31 @@ class AdaptedModel:
                 "set model.quantization = 'none' in the run's config.toml for the export"
             )
         try:
-            self.model.merge_adapter()
-            try:
-                state = {
-                    name.replace(".base_layer.", "."): tensor
-                    for name, tensor in self.model.get_base_model().state_dict().items()
-                    if ".lora_" not in name
-                }
-                self.model.get_base_model().save_pretrained(folder, state_dict=state)
-                self.tokenizer.save_pretrained(folder)
-            finally:
-                self.model.unmerge_adapter()
-        except OSError as error:
+            self.model.get_base_model().save_pretrained(folder, state_dict=self._merged_state())
+            self.tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the merged model to {folder}: {error}") from error
+
+    def _merged_state(self) -> dict[str, torch.Tensor]:
+        """The base model's parameters under their own names, adapted weights as new tensors.
+
+        PEFT merges in place, and taking the change off again would leave rounding behind.
+        """
+        base = self.model.get_base_model()
+        adapted = {
+            f"{name}.base_layer.weight": module
+            for name, module in base.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        state = {}
+        with torch.no_grad():
+            for name, tensor in base.state_dict().items():
+                if name in adapted:
+                    merged = tensor + adapted[name].get_delta_weight(ADAPTER_NAME)
+                    state[name.replace(".base_layer.", ".")] = merged.to(tensor.dtype)
+                elif ".lora_" not in name:
+                    state[name.replace(".base_layer.", ".")] = tensor
+        return state
 
 
 def load_adapted_model(config: Config) -> AdaptedModel:
@@ -155,7 +171,7 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         If 8- or 4-bit loading is asked for without bitsandbytes.
     """
     dtype = pick_dtype(config, device)
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    kwargs: dict[str, Any] = {"dtype": dtype}
     if config.quantization != "none":
         kwargs["quantization_config"] = _bitsandbytes(config, device, dtype)
         kwargs["device_map"] = {"": device}
@@ -231,7 +247,10 @@ def _from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
     source = resolve_model_id(config)
     looks_local = source.startswith((".", "/", "~"))
     if looks_local and not Path(source).is_dir():
-        raise ModelError(f"model.id: folder {source} does not exist")
+        raise ModelError(
+            f"model.id: {source} does not exist; give a folder in Hugging Face layout, a hub id, "
+            f"or {EMBEDDED_MODEL!r}"
+        )
     try:
         return loader.from_pretrained(
             source,
@@ -239,7 +258,7 @@ def _from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
             trust_remote_code=config.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"model.id: {config.id!r} cannot be loaded: {first_line}\n"

@@ -23,6 +23,7 @@ from cgfedllm.codecs import make_codec
 from cgfedllm.codecs.packet import HEADER_SIZE
 from cgfedllm.config import CodecConfig, Config, ModelConfig
 from cgfedllm.errors import ConfigError, ModelError
+from cgfedllm.report.units import human_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -123,8 +124,9 @@ class MemoryPlan:
     activations: int
     logits: int
     server: int
-    """Global adapter, what clients hold of it, the strategy's sum and state, one packet and one
-    decoded update a sampled client. No base model."""
+    """Global adapter, what clients hold of it, a float64 sum, the strategy's state, one packet and
+    one decoded update; strategies that need every reply at once hold one a sampled client. No base
+    model."""
 
     @property
     def client(self) -> int:
@@ -190,15 +192,22 @@ class Plan:
             ("downlink total", _total(self.downlink)),
             ("transfer a round", f"{_duration(per_round)} ({link}, clients side by side)"),
             ("transfer in all", _duration(whole)),
-            ("client memory", f"about {_size(memory.client)} while it trains"),
-            ("  base model", f"{_size(memory.base)} ({memory.dtype})"),
+            ("client memory", f"about {human_bytes(memory.client)} while it trains"),
+            ("  base model", f"{human_bytes(memory.base)} ({memory.dtype})"),
             (
                 "  adapter",
-                f"{_size(memory.adapter)}, gradients {_size(memory.gradients)}, optimizer "
-                f"{_size(memory.optimizer)}, residual {_size(memory.residual)}",
+                f"{human_bytes(memory.adapter)}, gradients {human_bytes(memory.gradients)}, "
+                f"optimizer {human_bytes(memory.optimizer)}, "
+                f"residual {human_bytes(memory.residual)}",
             ),
-            ("  activations", f"{_size(memory.activations)}, logits {_size(memory.logits)}"),
-            ("server memory", f"about {_size(memory.server)}, without a base model to evaluate"),
+            (
+                "  activations",
+                f"{human_bytes(memory.activations)}, logits {human_bytes(memory.logits)}",
+            ),
+            (
+                "server memory",
+                f"about {human_bytes(memory.server)}, without a base model to evaluate",
+            ),
         ]
 
 
@@ -282,7 +291,7 @@ def _measure(
 
     with torch.device("meta"):
         try:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+            base: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)
         except ValueError as error:
             raise ModelError(f"model.id: {config.model.id!r} is no causal LM: {error}") from None
         parameters = sum(p.numel() for p in base.parameters())
@@ -372,7 +381,10 @@ def _memory(
     keeps = config.uplink.error_feedback and not codec.lossless
     tokens = (training.micro_batch_size or training.batch_size) * config.data.max_length
     packet = codec.packet_size(spec)
-    state = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2}.get(config.federation.strategy.name, 0)
+    strategy = config.federation.strategy.name
+    streams = config.federation.aggregation == "factors" and strategy not in _NEED_EVERY_REPLY
+    held = 1 if streams else sampled
+    state = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2}.get(strategy, 0)
     return MemoryPlan(
         dtype=dtype,
         base=int(base),
@@ -383,9 +395,13 @@ def _memory(
         activations=_activations(config, model_config, tokens, int(width)),
         logits=3 * 4 * tokens * int(model_config.vocab_size),
         server=4 * full.size
-        + 4 * spec.size * (2 + state + sampled)
-        + sampled * (4 * spec.size if packet is None else packet),
+        + 4 * spec.size * (4 + state + held)
+        + (4 * spec.size if packet is None else packet),
     )
+
+
+# the others are handed the mean of their replies, formed while these arrive
+_NEED_EVERY_REPLY = ("median", "trimmed_mean", "krum")
 
 
 def _dtype(model: ModelConfig) -> str:
@@ -419,19 +435,10 @@ def _total(direction: DirectionPlan) -> str:
     packets = f"{direction.packets:,} packets"
     if direction.whole_packets:
         packets += f" and {direction.whole_packets:,} whole adapters"
-    fp32 = f"{_size(direction.total_fp32)} as float32"
+    fp32 = f"{human_bytes(direction.total_fp32)} as float32"
     if direction.total is None or direction.ratio is None:
         return f"{packets}; {fp32}"
-    return f"{_size(direction.total)} in {packets}; {fp32} ({direction.ratio:.2f}x)"
-
-
-def _size(count: float) -> str:
-    """Decimal units, as links and disks count."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+    return f"{human_bytes(direction.total)} in {packets}; {fp32} ({direction.ratio:.2f}x)"
 
 
 def _duration(seconds: float | None) -> str:

@@ -42,7 +42,10 @@ class Workspace:
     @cached_property
     def model(self) -> AdaptedModel:
         """The adapted model; loading it takes seconds."""
-        return _shared_model(_model_key(self.config))
+        model = _shared_model(_model_key(self.config))
+        # another seed's run in this process may have left its values in it
+        model.set_adapter(initial_adapter(model.full_spec, self.config.seed))
+        return model
 
     @cached_property
     def data(self) -> FederatedData:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.federation.inprocess import InProcessGrid
 from cgfedllm.runs import RunFolder
 
 LAYER = "base_model.model.model.layers.0.self_attn"
@@ -61,3 +64,17 @@ def outcome() -> Callable[[Path], dict[str, Any]]:
         return {"rounds": rounds, "adapter": adapter}
 
     return read
+
+
+@pytest.fixture
+def make_grid() -> Callable[..., InProcessGrid]:
+    """``make_grid(nodes, app)``: an in-process grid with bare contexts."""
+
+    def make(nodes: Iterable[int], app: ClientApp | None = None) -> InProcessGrid:
+        contexts = {
+            node: Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
+            for node in nodes
+        }
+        return InProcessGrid(app or ClientApp(), contexts)
+
+    return make

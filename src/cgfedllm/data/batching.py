@@ -189,5 +189,5 @@ def steps_per_round(
     return math.ceil(count / batch_size)
 
 
-def _long(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> torch.Tensor:  # type: ignore[type-arg]
+def _long(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))

@@ -67,7 +67,6 @@ def evaluate_nll(
         Name shown while it runs.
     """
     model.set_adapter(adapter)
-    model.model.eval()  # a client that failed in training leaves dropout on
     pad = int(model.tokenizer.pad_token_id or 0)
     batches = micro_batches(examples, batch_size, packed=packed, pad_token=pad)
     loss, tokens = 0.0, 0

@@ -32,7 +32,10 @@ def run_in_process(config: Config, run_dir: Path) -> None:
         "config": config.to_toml(),
         "run-dir": str(run_dir),
     }
-    clients = workspace_for(config.to_toml(), str(run_dir)).data.clients
+    workspace = workspace_for(config.to_toml(), str(run_dir))
+    clients = workspace.data.clients
+    # a workspace made earlier in this process shares its model with later runs
+    workspace.reset_frozen_factors()
     contexts = {
         # node ids from 2: the server is node 1
         partition + 2: Context(

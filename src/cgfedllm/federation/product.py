@@ -143,15 +143,16 @@ def _refactor(
     rank = near.shape[0]
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
-    u, s, vt = np.linalg.svd(r_left @ r_right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
     basis = vt[:rank] @ q_right.T  # orthonormal rows that span the product's row space
     scaled = (q_left @ u[:, :rank]) * s[:rank]
     coordinates = near @ basis.T  # near, projected on that row space
-    if np.linalg.cond(coordinates) > 1e6:  # nearly parallel: there is no such A; split evenly
-        root = np.sqrt(s[:rank])
-        safe = np.where(root > 0, root, 1.0)
-        return root[:, None] * basis, scaled / safe
-    return coordinates @ basis, np.linalg.solve(coordinates.T, scaled.T).T
+    if np.linalg.cond(coordinates) > 1e6:
+        # nearly parallel rows: no A near them spans the product; keep their size, so that no
+        # direction has both factors zero, which no gradient leaves
+        size = float(np.linalg.norm(near)) / rank**0.5
+        coordinates = (size or 1.0) * np.eye(*coordinates.shape)
+    return coordinates @ basis, scaled @ np.linalg.pinv(coordinates)
 
 
 def _weight(reply: Message) -> float:

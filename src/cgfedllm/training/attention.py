@@ -28,13 +28,13 @@ def supports_packing(model: Any, max_length: int) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
     window = getattr(config, "sliding_window", None)
-    windowed = window is not None and getattr(config, "use_sliding_window", True)
+    windowed = getattr(config, "use_sliding_window", True)
     chunk = getattr(config, "attention_chunk_size", None)
     return bool(
         getattr(base, "_supports_attention_backend", False)
         and getattr(config, "attn_logit_softcapping", None) is None
         and not getattr(config, "alibi", False)
-        and not (windowed and window < max_length)
+        and not (windowed and window is not None and window < max_length)
         and not (chunk is not None and chunk < max_length)
         and _packs_exactly(model)
     )
@@ -64,7 +64,7 @@ def _packs_exactly(model: Any) -> bool:
                 packed = model(
                     input_ids=ids, position_ids=positions, use_cache=False, segment_lengths=lengths
                 ).logits
-    except (RuntimeError, TypeError, ValueError):  # the model's own code cannot be packed
+    except Exception:  # whatever the model's own code raises: it cannot be packed
         return False
     finally:
         model.train(was_training)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,7 @@ class LocalTrainer:
         parameters = model.trainable_parameters()
         anchors = [p.detach().clone() for p in parameters] if proximal_mu else None
         optimizer = make_optimizer(config, parameters)
+        optimizer.zero_grad(set_to_none=True)  # a client that failed may have left its gradient
         if optimizer_state is not None:
             restore_state(optimizer, model.spec, config.optimizer, optimizer_state)
 
@@ -141,9 +142,8 @@ class LocalTrainer:
         order = RowOrder(len(examples), self._seed, client)
         loss_sum, label_tokens, tokens = 0.0, 0, 0
         # dropout must not depend on which clients ran before in this process
-        with torch.random.fork_rng(devices=_cuda_devices(model)), self._mode():
+        with torch.random.fork_rng(devices=_cuda_devices(model)), self._training():
             torch.manual_seed(derive_seed(self._seed, "dropout", client, round))
-            model.model.train()
             steps = steps_of_round(order, len(examples), round, **amount)  # type: ignore[arg-type]
             for step, picked in enumerate(steps, start=1):
                 step_began = time.perf_counter()
@@ -173,7 +173,6 @@ class LocalTrainer:
                         client, step, loss / n_labels, n_tokens, time.perf_counter() - step_began
                     )
                 )
-            model.model.eval()
         return TrainResult(
             adapter=model.get_adapter(),
             loss=loss_sum / label_tokens,
@@ -196,12 +195,20 @@ class LocalTrainer:
         loss_sum = 0.0
         for batch in batches:
             loss = summed_loss(self._model.model, batch.to(self._model.device))
-            (loss / n_labels).backward()  # type: ignore[no-untyped-call]
+            (loss / n_labels).backward()
             loss_sum += loss.item()
         return loss_sum, n_labels, sum(batch.tokens for batch in batches)
 
-    def _mode(self):  # type: ignore[no-untyped-def]
-        return packed_attention(self._model.model) if self._packed else nullcontext()
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Train mode and packed attention; both are undone after an error too."""
+        model = self._model.model
+        with packed_attention(model) if self._packed else nullcontext():
+            model.train()
+            try:
+                yield
+            finally:
+                model.eval()
 
 
 def use_packing(model: AdaptedModel, config: TrainingConfig, max_length: int) -> bool:
