@@ -136,7 +136,9 @@ def test_models_without_the_fast_attention_kernel_load_with_their_own(
     config, tokenizer, tmp_path, kind
 ):
     """Some architectures (soft-capping, sinks, older code) cannot use PyTorch's kernel."""
-    folder = save_random(tmp_path / kind, kind, tokenizer, n_embd=32, n_layer=2, n_head=4)
+    folder = save_random(
+        tmp_path / kind, kind, tokenizer, n_embd=32, n_layer=2, n_head=4, rotary_dim=4
+    )
     model = load_adapted_model(config(f'model.id="{folder}"', 'lora.target_modules=["q_proj"]'))
     assert torch.isfinite(logits(model.model)).all()
 

@@ -60,20 +60,23 @@ def embedded_model_folder() -> Path:
     folder = cache_folder() / f"smollm2-135m-instruct-{_LAYOUT}-{_digest(source)[:16]}"
     if (folder / "model.safetensors").exists():
         return folder
+    from safetensors import SafetensorError
+
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # convert beside the target and rename: a reader never sees half a model, and of two
         # processes that convert at once the second simply finds the folder there
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
-            _convert(source, Path(scratch))
+            # a folder inside: it has the permissions of the umask, the temporary one has 0700
+            made = Path(scratch) / "model"
+            made.mkdir()
+            _convert(source, made)
             try:
-                Path(scratch).rename(folder)
+                made.rename(folder)
             except OSError:
                 if not (folder / "model.safetensors").exists():
                     raise
-            else:
-                Path(scratch).mkdir()  # for TemporaryDirectory to remove
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(
             f"the embedded model cannot be unpacked into {folder.parent}: {error}; "
             "free about 600 MB or set CGFEDLLM_CACHE to another folder"

@@ -119,7 +119,7 @@ class AdaptedModel:
         PEFT merges in place, and taking the change off again would leave rounding behind.
         """
         base = self.model.get_base_model()
-        adapted = {
+        adapted: dict[str, Any] = {
             f"{name}.base_layer.weight": module
             for name, module in base.named_modules()
             if isinstance(module, LoraLayer)

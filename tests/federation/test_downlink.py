@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_what_int8_loses_comes_later(server: Broadcaster, random_adapter: Random
         errors.append((target - server.reference).norm())
     assert errors[0] > 0
     # each packet codes what the last one lost: a 127th of a row's largest value at most
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert after < before / 50 or after < 1e-6
 
 

@@ -6,13 +6,14 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.errors import PacketError
+from cgfedllm.errors import AdapterError, PacketError
 
 ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
 
+ADAPTER = "adapter"
 PACKET = "packet"
 PACKET_STYPE = "cgfedllm.packet"
 
@@ -74,8 +75,12 @@ def packet_limit(spec: AdapterSpec) -> int:
 
 
 def adapter_record(adapter: AdapterUpdate) -> ArrayRecord:
-    """Named arrays, as any Flower strategy or client expects them."""
-    return ArrayRecord({name: Array(view) for name, view in adapter.views().items()})
+    """The whole adapter as one flat array: all that Flower's strategies and mods need.
+
+    They work element by element or on norms of the whole, so names and shapes change nothing;
+    a few hundred arrays would cost as much as several codecs.
+    """
+    return ArrayRecord({ADAPTER: Array(adapter.vector)})
 
 
 def adapter_of(spec: AdapterSpec, record: ArrayRecord) -> AdapterUpdate:
@@ -84,7 +89,8 @@ def adapter_of(spec: AdapterSpec, record: ArrayRecord) -> AdapterUpdate:
     Raises
     ------
     AdapterError
-        If the arrays are not those of the spec.
+        If the array is not an adapter of this spec.
     """
-    arrays = {name: np.asarray(array.numpy(), np.float32) for name, array in record.items()}
-    return AdapterUpdate.from_arrays(spec, arrays)
+    if set(record) != {ADAPTER}:
+        raise AdapterError(f"expected one array named {ADAPTER!r}, got {sorted(record)[:3]}")
+    return AdapterUpdate(spec, np.asarray(record[ADAPTER].numpy(), np.float32))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
-from cgfedllm.federation.messages import ARRAYS, METRICS, NUM_EXAMPLES, adapter_of
+from cgfedllm.federation.messages import ARRAYS, METRICS, NUM_EXAMPLES, adapter_of, adapter_record
 
 Float64Array = NDArray[np.float64]
 
@@ -103,10 +103,7 @@ class ProductAverage(FedAvg):
         weights /= weights.sum()
         adapters = [adapter_of(self._spec, reply.content.array_records[ARRAYS]) for reply in valid]
         averaged = average_products(adapters, weights)
-        return (
-            ArrayRecord({name: Array(view) for name, view in averaged.views().items()}),
-            metrics,
-        )
+        return adapter_record(averaged), metrics
 
 
 def average_products(adapters: list[AdapterUpdate], weights: Float64Array) -> AdapterUpdate:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 _NAME = "cgfedllm_packed"
+_TRIED: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 def supports_packing(model: Any, max_length: int) -> bool:
@@ -36,12 +38,18 @@ def supports_packing(model: Any, max_length: int) -> bool:
         and not getattr(config, "alibi", False)
         and not (windowed and window is not None and window < max_length)
         and not (chunk is not None and chunk < max_length)
-        and _packs_exactly(model)
+        and _packs_exactly(base)
     )
 
 
 def _packs_exactly(model: Any) -> bool:
-    """Compare the logits of two short rows, packed and alone."""
+    """Compare the logits of two short rows, packed and alone; once for each model."""
+    if model not in _TRIED:
+        _TRIED[model] = _try_packing(model)
+    return _TRIED[model]
+
+
+def _try_packing(model: Any) -> bool:
     device = next(model.parameters()).device
     lengths = (7, 6)
     vocabulary = model.get_input_embeddings().num_embeddings

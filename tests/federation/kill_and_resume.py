@@ -1,0 +1,269 @@
+"""Kills runs at chosen points and resumes them; `test_resume_after_kill.py` looks at the results.
+
+::
+
+    python kill_and_resume.py CONFIG.toml POINT...
+
+This process warms up once (imports, a small run of its own) and forgets what it loaded. Each run is
+a fork of it, so each starts as a fresh process does, without the seconds that imports take. Every
+child that is killed dies of SIGKILL: no handler, no cleanup, no flush.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cgfedllm
+from cgfedllm import events, workspace
+from cgfedllm.config import Config, load_config
+from cgfedllm.federation import client_app, server_app
+from cgfedllm.runs import RunFolder
+
+Listener = Callable[[events.Event], None]
+
+
+def die(*_: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+# ---- points -------------------------------------------------------------------------------------
+
+
+def at_event(kind: type, number: int, **fields: Any) -> Callable[[], Listener]:
+    """At the `number`-th event of a kind whose fields are these."""
+
+    def arm() -> Listener:
+        seen = 0
+
+        def listen(event: events.Event) -> None:
+            nonlocal seen
+            if isinstance(event, kind) and all(getattr(event, k) == v for k, v in fields.items()):
+                seen += 1
+                if seen == number:
+                    die()
+
+        return listen
+
+    return arm
+
+
+def at_rename(name: str, *, after: bool = False) -> Callable[[], Listener]:
+    """When a file of that name is written, and not yet (or just) put in its place."""
+
+    def arm() -> Listener:
+        replace = Path.replace
+
+        def replacing(self: Path, target: Path) -> Path:
+            if Path(target).name == name:
+                if after:
+                    replace(self, target)
+                die()
+            return replace(self, target)
+
+        Path.replace = replacing  # type: ignore[method-assign]
+        return lambda event: None
+
+    return arm
+
+
+def in_the_middle_of_writing(name: str) -> Callable[[], Listener]:
+    """When half of a file's content is on the disk."""
+
+    def arm() -> Listener:
+        opened, write = os.open, os.write
+        ours: set[int] = set()
+
+        def opening(path: Any, *args: Any, **kwargs: Any) -> int:
+            descriptor = opened(path, *args, **kwargs)
+            ours.discard(descriptor)
+            if name in Path(os.fsdecode(path)).name:
+                ours.add(descriptor)
+            return descriptor
+
+        def writing(descriptor: int, content: Any) -> int:
+            if descriptor in ours:
+                write(descriptor, content[: len(content) // 2])
+                die()
+            return write(descriptor, content)
+
+        os.open, os.write = opening, writing  # type: ignore[assignment]
+        return lambda event: None
+
+    return arm
+
+
+def before_metrics_line(round_: int, *, half: bool = False) -> Callable[[], Listener]:
+    """After the checkpoint, before its line (or with half of it there)."""
+
+    def arm() -> Listener:
+        append = RunFolder.append
+
+        def appending(self: RunFolder, record: Any) -> None:
+            if record.round == round_:
+                if half:
+                    line = json.dumps(record.to_dict())
+                    with self.metrics_path.open("a") as file:
+                        file.write(line[: len(line) // 2])
+                die()
+            append(self, record)
+
+        RunFolder.append = appending  # type: ignore[method-assign]
+        return lambda event: None
+
+    return arm
+
+
+def before_call(module: Any, function: str) -> Callable[[], Listener]:
+    def arm() -> Listener:
+        setattr(module, function, die)
+        return lambda event: None
+
+    return arm
+
+
+def after_memory_saved(number: int) -> Callable[[], Listener]:
+    """After a client's residual and moments are on the disk, before its reply is on its way."""
+
+    def arm() -> Listener:
+        save = client_app.ClientState.save_memory
+        seen = 0
+
+        def saving(self: Any, *args: Any, **kwargs: Any) -> None:
+            nonlocal seen
+            save(self, *args, **kwargs)
+            seen += 1
+            if seen == number:
+                die()
+
+        client_app.ClientState.save_memory = saving  # type: ignore[method-assign]
+        return lambda event: None
+
+    return arm
+
+
+def every(ticks: int) -> Callable[[], Listener]:
+    """After so many events and renamed files, wherever that is."""
+
+    def arm() -> Listener:
+        left = ticks
+        replace = Path.replace
+
+        def tick() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                die()
+
+        def replacing(self: Path, target: Path) -> Path:
+            tick()
+            return replace(self, target)
+
+        Path.replace = replacing  # type: ignore[method-assign]
+        return lambda event: tick()
+
+    return arm
+
+
+# a round has 3 clients with 2 steps each; everything is counted in the process that is killed
+POINTS: dict[str, Callable[[], Listener]] = {
+    "evaluation before the first round": at_event(events.EvaluationProgress, 2),
+    "before the first checkpoint": at_rename("round-000000.safetensors"),
+    "client 2 in the middle of its training in round 2": at_event(events.StepFinished, 9),
+    "client 2's memory half written in round 2": in_the_middle_of_writing("memory-000002"),
+    "client 2's memory saved in round 2, not replied": after_memory_saved(5),
+    "round 2 aggregated, evaluation under way": at_event(
+        events.EvaluationProgress, 3, what="south"
+    ),
+    "a reference half written": in_the_middle_of_writing("reference-000002"),
+    "checkpoint of round 2 half written": in_the_middle_of_writing("round-000002"),
+    "checkpoint of round 2 written, not yet in its place": at_rename("round-000002.safetensors"),
+    "checkpoint of round 2 there, its line not": before_metrics_line(2),
+    "checkpoint of round 2 there, half of its line": before_metrics_line(2, half=True),
+    "metrics being rewritten": at_event(events.RoundFinished, 3),
+    "last round done, adapter not saved": before_call(server_app, "save_adapter"),
+    "adapter's weights half written": in_the_middle_of_writing("adapter_model.safetensors"),
+    "adapter's weights there, its config not": at_rename("adapter_config.json"),
+    "adapter there, process not yet ended": at_rename("adapter_config.json", after=True),
+}
+DAMAGED = "newest checkpoint damaged after a kill in round 3"
+AGAIN_AND_AGAIN = "killed again and again"
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+def in_child(work: Callable[[], Any]) -> int | None:
+    """Run in a fork; its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed(work: Callable[..., Any], arm: Callable[[], Listener]) -> bool:
+    """Whether the work was killed; anything else but success is an error of the test's own."""
+
+    def armed() -> None:
+        work(listeners=[arm()])
+
+    status = in_child(armed)
+    assert status in (0, -signal.SIGKILL), status
+    return status == -signal.SIGKILL
+
+
+def scenario(name: str, config: Config) -> dict[str, Any]:
+    def start(**kwargs: Any) -> None:
+        cgfedllm.run(config, **kwargs)
+
+    def go_on(**kwargs: Any) -> None:
+        cgfedllm.resume(config.run_dir, **kwargs)
+
+    kills = 0
+    if name == "unbroken":
+        assert in_child(start) == 0
+    elif name == AGAIN_AND_AGAIN:
+        # more than a round has, and no multiple of it: each kill hits another place
+        work = start
+        while kills < 20 and killed(work, every(41)):
+            kills += 1
+            work = go_on if RunFolder(config.run_dir).exists() else start
+    elif name == DAMAGED:
+        kills += killed(start, after_memory_saved(9))
+        newest = config.run_dir / "checkpoints" / "round-000002.safetensors"
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+        assert in_child(go_on) == 0
+    else:
+        kills += killed(start, POINTS[name])
+        assert in_child(go_on) == 0
+    return {"kills": kills}
+
+
+def main(config_file: str, names: list[str]) -> None:
+    base = load_config(config_file)
+    cgfedllm.run(base.with_overrides({"name": "warm-up", "federation.rounds": 1}))
+    workspace.workspace_for.cache_clear()
+    workspace._shared_model.cache_clear()
+    results = {}
+    for number, name in enumerate(names):
+        config = base.with_overrides({"name": f"run-{number:02d}"})
+        results[name] = {"run_dir": str(config.run_dir), **scenario(name, config)}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:] or ["unbroken", *POINTS, DAMAGED, AGAIN_AND_AGAIN])
