@@ -2,7 +2,7 @@
 
 ::
 
-    python kill_and_resume.py CONFIG.toml POINT...
+    python kill_and_resume.py CONFIG.toml SCENARIO...
 
 This process warms up once (imports, a small run of its own) and forgets what it loaded. Each run is
 a fork of it, so each starts as a fresh process does, without the seconds that imports take. Every
@@ -37,17 +37,19 @@ def die(*_: Any) -> NoReturn:
 # ---- points -------------------------------------------------------------------------------------
 
 
-def at_event(kind: type, number: int, **fields: Any) -> Callable[[], Listener]:
-    """At the `number`-th event of a kind whose fields are these."""
+def at_event(kind: type, round_: int, number: int, **fields: Any) -> Callable[[], Listener]:
+    """At the `number`-th event of a kind in a round, of those whose fields are these."""
 
     def arm() -> Listener:
-        seen = 0
+        now = seen = 0
 
         def listen(event: events.Event) -> None:
-            nonlocal seen
+            nonlocal now, seen
+            if isinstance(event, events.RoundStarted):
+                now, seen = event.round, 0
             if isinstance(event, kind) and all(getattr(event, k) == v for k, v in fields.items()):
                 seen += 1
-                if seen == number:
+                if (now, seen) == (round_, number):
                     die()
 
         return listen
@@ -129,17 +131,17 @@ def before_call(module: Any, function: str) -> Callable[[], Listener]:
     return arm
 
 
-def after_memory_saved(number: int) -> Callable[[], Listener]:
+def after_memory_saved(round_: int, number: int) -> Callable[[], Listener]:
     """After a client's residual and moments are on the disk, before its reply is on its way."""
 
     def arm() -> Listener:
         save = client_app.ClientState.save_memory
         seen = 0
 
-        def saving(self: Any, *args: Any, **kwargs: Any) -> None:
+        def saving(self: Any, round: int, **kwargs: Any) -> None:
             nonlocal seen
-            save(self, *args, **kwargs)
-            seen += 1
+            save(self, round, **kwargs)
+            seen += round == round_
             if seen == number:
                 die()
 
@@ -172,27 +174,28 @@ def every(ticks: int) -> Callable[[], Listener]:
     return arm
 
 
-# a round has 3 clients with 2 steps each; everything is counted in the process that is killed
+# what a run of 3 rounds passes through, in order
 POINTS: dict[str, Callable[[], Listener]] = {
-    "evaluation before the first round": at_event(events.EvaluationProgress, 2),
-    "before the first checkpoint": at_rename("round-000000.safetensors"),
-    "client 2 in the middle of its training in round 2": at_event(events.StepFinished, 9),
-    "client 2's memory half written in round 2": in_the_middle_of_writing("memory-000002"),
-    "client 2's memory saved in round 2, not replied": after_memory_saved(5),
-    "round 2 aggregated, evaluation under way": at_event(
-        events.EvaluationProgress, 3, what="south"
+    "evaluation before the first round": at_event(events.EvaluationProgress, 0, 2),
+    "first checkpoint half written": in_the_middle_of_writing("round-000000"),
+    "client 2 in the middle of its training": at_event(events.StepFinished, 2, 3),
+    "client 2's memory half written": in_the_middle_of_writing("memory-000002"),
+    "client 2's memory saved, not replied": after_memory_saved(2, 2),
+    "all replied, held-out set evaluated": at_event(
+        events.EvaluationProgress, 2, 1, what="held-out"
     ),
-    "a reference half written": in_the_middle_of_writing("reference-000002"),
-    "checkpoint of round 2 half written": in_the_middle_of_writing("round-000002"),
-    "checkpoint of round 2 written, not yet in its place": at_rename("round-000002.safetensors"),
-    "checkpoint of round 2 there, its line not": before_metrics_line(2),
-    "checkpoint of round 2 there, half of its line": before_metrics_line(2, half=True),
-    "metrics being rewritten": at_event(events.RoundFinished, 3),
+    "reference half written": in_the_middle_of_writing("reference-000002"),
+    "clients evaluated": at_event(events.EvaluationProgress, 2, 1, what="west"),
+    "checkpoint half written": in_the_middle_of_writing("round-000002"),
+    "checkpoint written, not yet in its place": at_rename("round-000002.safetensors"),
+    "checkpoint there, its line not": before_metrics_line(2),
+    "checkpoint there, half of its line": before_metrics_line(3, half=True),
     "last round done, adapter not saved": before_call(server_app, "save_adapter"),
     "adapter's weights half written": in_the_middle_of_writing("adapter_model.safetensors"),
     "adapter's weights there, its config not": at_rename("adapter_config.json"),
     "adapter there, process not yet ended": at_rename("adapter_config.json", after=True),
 }
+EACH_IN_TURN = "killed at each point in turn"
 DAMAGED = "newest checkpoint damaged after a kill in round 3"
 AGAIN_AND_AGAIN = "killed again and again"
 
@@ -231,25 +234,28 @@ def scenario(name: str, config: Config) -> dict[str, Any]:
     def go_on(**kwargs: Any) -> None:
         cgfedllm.resume(config.run_dir, **kwargs)
 
-    kills = 0
-    if name == "unbroken":
-        assert in_child(start) == 0
-    elif name == AGAIN_AND_AGAIN:
-        # more than a round has, and no multiple of it: each kill hits another place
-        work = start
-        while kills < 20 and killed(work, every(41)):
-            kills += 1
-            work = go_on if RunFolder(config.run_dir).exists() else start
-    elif name == DAMAGED:
-        kills += killed(start, after_memory_saved(9))
-        newest = config.run_dir / "checkpoints" / "round-000002.safetensors"
-        content = bytearray(newest.read_bytes())
-        content[len(content) // 2] ^= 1
-        newest.write_bytes(content)
-        assert in_child(go_on) == 0
-    else:
-        kills += killed(start, POINTS[name])
-        assert in_child(go_on) == 0
+    kills, work = 0, start
+    match name:
+        case "unbroken":
+            assert in_child(start) == 0
+            return {"kills": 0}
+        case _ if name == AGAIN_AND_AGAIN:
+            # more than a round has, and no multiple of it: each kill hits another place
+            while kills < 20 and killed(work, every(41)):
+                kills += 1
+                work = go_on if RunFolder(config.run_dir).exists() else start
+        case _ if name == DAMAGED:
+            kills += killed(start, after_memory_saved(3, 3))
+            newest = config.run_dir / "checkpoints" / "round-000002.safetensors"
+            content = bytearray(newest.read_bytes())
+            content[len(content) // 2] ^= 1
+            newest.write_bytes(content)
+        case _:
+            for point in POINTS if name == EACH_IN_TURN else [name]:
+                assert killed(work, POINTS[point]), f"never came to: {point}"
+                kills += 1
+                work = go_on
+    assert in_child(go_on) == 0
     return {"kills": kills}
 
 
@@ -266,4 +272,4 @@ def main(config_file: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] or ["unbroken", *POINTS, DAMAGED, AGAIN_AND_AGAIN])
+    main(sys.argv[1], sys.argv[2:] or ["unbroken", EACH_IN_TURN, DAMAGED, AGAIN_AND_AGAIN])

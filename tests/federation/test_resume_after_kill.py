@@ -47,68 +47,78 @@ def script() -> ModuleType:
     return module
 
 
-POINTS = [*script().POINTS, script().DAMAGED, script().AGAIN_AND_AGAIN]
+KILL = script()
 
 
-@pytest.fixture(scope="module", params=["all clients", "some clients"])
-def runs(
-    request: pytest.FixtureRequest,
-    tiny_model: Path,
-    tiny_data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, dict[str, Any]]:
-    """Every scenario, run by one process that forks."""
-    folder = tmp_path_factory.mktemp("killed")
-    where = (
-        f'model.id="{tiny_model}"',
-        f'data.source="{tiny_data}"',
-        f'output="{folder / "runs"}"',
-    )
-    some: tuple[str, ...] = ()
-    names = ["unbroken", *POINTS]
-    if request.param == "some clients":
-        # clients are away for rounds, and hold old references
-        some = ("federation.fraction_train=0.7", "evaluation.every=0", "federation.rounds=5")
-        names = ["unbroken", script().AGAIN_AND_AGAIN]
-    config = load_config(None, [*SETTINGS, *where, *some])
-    file = folder / "config.toml"
-    file.write_text(config.to_toml())
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(file), *names],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def run_scenarios(
+    tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """``run_scenarios(names, *settings)``: one process that forks runs them all."""
+
+    def make(names: list[str], *settings: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("killed")
+        where = (
+            f'model.id="{tiny_model}"',
+            f'data.source="{tiny_data}"',
+            f'output="{folder / "runs"}"',
+        )
+        file = folder / "config.toml"
+        file.write_text(load_config(None, [*SETTINGS, *where, *settings]).to_toml())
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(file), "unbroken", *names],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return make
 
 
-def same(runs: dict[str, dict[str, Any]], point: str, outcome: Callable[..., Any]) -> None:
-    broken, unbroken = (outcome(Path(runs[name]["run_dir"])) for name in (point, "unbroken"))
+def assert_same(runs: dict[str, Any], name: str, outcome: Callable[..., Any]) -> None:
+    broken, unbroken = (outcome(Path(runs[each]["run_dir"])) for each in (name, "unbroken"))
     assert broken["rounds"] == unbroken["rounds"]
     assert broken["adapter"] == unbroken["adapter"]
+    assert set(unbroken["adapter"]) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-@pytest.mark.parametrize("runs", ["all clients"], indirect=True)
-@pytest.mark.parametrize("point", POINTS)
-def test_resumed_run_ends_as_the_unbroken_one(
-    point: str, runs: dict[str, dict[str, Any]], outcome: Callable[..., Any]
-) -> None:
-    assert runs[point]["kills"] >= 1, "the point was never reached"
-    same(runs, point, outcome)
-
-
-@pytest.mark.parametrize("runs", ["all clients"], indirect=True)
-def test_no_temp_file_of_a_killed_process_is_left(runs: dict[str, dict[str, Any]]) -> None:
+def assert_no_temp_files(runs: dict[str, Any]) -> None:
     left = [path for run in runs.values() for path in Path(run["run_dir"]).rglob(".*.tmp")]
     assert left == []
 
 
-@pytest.mark.parametrize("runs", ["some clients"], indirect=True)
-def test_partial_participation_resumes_too(
-    runs: dict[str, dict[str, Any]], outcome: Callable[..., Any]
+def test_a_run_killed_anywhere_ends_as_the_unbroken_one(
+    run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any]
 ) -> None:
-    point = script().AGAIN_AND_AGAIN
-    assert runs[point]["kills"] >= 2
-    same(runs, point, outcome)
+    names = [KILL.EACH_IN_TURN, KILL.DAMAGED]
+    runs = run_scenarios(names)
+    assert [runs[name]["kills"] for name in names] == [len(KILL.POINTS), 1]
+    for name in names:
+        assert_same(runs, name, outcome)
+    assert_no_temp_files(runs)
+
+
+def test_clients_that_are_away_for_rounds_are_resumed_too(
+    run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any]
+) -> None:
+    runs = run_scenarios(
+        [KILL.AGAIN_AND_AGAIN],
+        "federation.fraction_train=0.7",
+        "evaluation.every=0",
+        "federation.rounds=5",
+    )
+    assert runs[KILL.AGAIN_AND_AGAIN]["kills"] >= 2
+    assert_same(runs, KILL.AGAIN_AND_AGAIN, outcome)
+
+
+@pytest.mark.slow
+def test_each_point_on_its_own(
+    run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any]
+) -> None:
+    runs = run_scenarios([*KILL.POINTS, KILL.AGAIN_AND_AGAIN])
+    for name in [*KILL.POINTS, KILL.AGAIN_AND_AGAIN]:
+        assert_same(runs, name, outcome)
+    assert_no_temp_files(runs)
