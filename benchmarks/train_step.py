@@ -105,9 +105,7 @@ def _hugging_face(adapted: Any, examples: Any, options: Any, seed: int) -> tuple
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             self.ended = time.perf_counter()
 
-    rows = [
-        {"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples
-    ]
+    rows = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         adapted.model.train()

@@ -188,7 +188,7 @@ class TrainingConfig(Section):
     lr: PositiveFloat = 5e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay."""
+    """Weight decay: decoupled in adamw, part of the gradient in sgd."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=[0.9, 0.999], min_length=2, max_length=2
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,9 +108,17 @@ class AdaptedModel:
                 "an adapter cannot be merged into an 8- or 4-bit base; "
                 "set model.quantization = 'none' in the run's config.toml for the export"
             )
+        if folder.exists() and any(folder.iterdir()):
+            raise StorageError(f"{folder} is not empty; export to a new folder, or empty this one")
         try:
-            self.model.get_base_model().save_pretrained(folder, state_dict=self._merged_state())
-            self.tokenizer.save_pretrained(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # beside the target, then renamed: a full disk leaves no half model under its name
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merging-") as scratch:
+                merged = Path(scratch) / folder.name
+                base = self.model.get_base_model()
+                base.save_pretrained(merged, state_dict=self._merged_state())
+                self.tokenizer.save_pretrained(merged)
+                merged.replace(folder)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the merged model to {folder}: {error}") from error
 

@@ -63,6 +63,8 @@ class Summary:
     seconds: dict[str, float]
     """Wall time by phase, "other" and "total" included."""
     failures: int
+    product_gap: float | None = None
+    """Of the last round: what averaging the factors apart ignores, as a share of mean(B A)."""
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def summarise(records: Sequence[RoundRecord]) -> Summary:
         clients={name: Change(nll, last_nll[name]) for name, nll in first_nll.items()},
         seconds=_seconds(records),
         failures=sum(len(r.failures) for r in records),
+        product_gap=last.product_gap,
         notes=notes,
     )
 

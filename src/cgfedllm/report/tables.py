@@ -36,6 +36,9 @@ def final_table(
         parts += [Text(), _nll_table(summary)]
     if summary.seconds["total"] > 0:
         parts += [Text(), _time_line(summary)]
+    if summary.product_gap is not None:
+        gap = f"{100 * summary.product_gap:.2g} %"
+        parts.append(Text(f"Factors averaged apart: {gap} off the mean product (last round)"))
     if summary.failures:
         lost = count_of(summary.failures, "client reply", "client replies")
         parts.append(Text(f"{lost} could not be used", style="yellow"))

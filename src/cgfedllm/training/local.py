@@ -118,7 +118,7 @@ class LocalTrainer:
         DataError
             If there are no rows.
         TrainingError
-            If the loss is not finite.
+            If the loss or the trained adapter is not finite.
         """
         if not examples:
             raise DataError(f"client {client!r} has no rows to train on")
@@ -147,7 +147,8 @@ class LocalTrainer:
             steps = steps_of_round(order, len(examples), round, **amount)  # type: ignore[arg-type]
             for step, picked in enumerate(steps, start=1):
                 step_began = time.perf_counter()
-                progress = round - 1 + (step - 1) / total
+                # the middle of the step: neither warm-up's first nor decay's last step is wasted
+                progress = round - 1 + (step - 0.5) / total
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, progress, self._rounds)
                 rows = [examples[i] for i in picked]
@@ -173,8 +174,14 @@ class LocalTrainer:
                         client, step, loss / n_labels, n_tokens, time.perf_counter() - step_began
                     )
                 )
+        trained = model.get_adapter()
+        if not trained.is_finite():
+            raise TrainingError(
+                f"client {client!r}, round {round}: the trained adapter holds NaN or infinity; "
+                "lower training.lr or use warmup_rounds"
+            )
         return TrainResult(
-            adapter=model.get_adapter(),
+            adapter=trained,
             loss=loss_sum / label_tokens,
             steps=total,
             tokens=tokens,

@@ -61,7 +61,7 @@ def train_centralised(workspace: Workspace, sink: Sink) -> AdapterUpdate:
 
 
 def train_local_only(workspace: Workspace, sink: Sink) -> dict[str, AdapterUpdate]:
-    """Train one adapter a client, each on its own rows, as often as in the federated run.
+    """Train one adapter a client, each on its own rows, in every round.
 
     The held-out figure of a record is the mean over the clients' adapters.
 
