@@ -214,13 +214,19 @@ def compare(
     RunInterrupted
         After Ctrl-C; call again to go on.
     """
-    entries: list[ComparisonEntry] = []
-    for seed in seeds:
-        for label in (*references, *codecs):
-            records = _compared(config, label, seed, listeners)
-            entries.append(ComparisonEntry(label, seed, records))
-    ordered = [e for label in (*codecs, *references) for e in entries if e.codec == label]
-    return ComparisonResult(ordered)
+    cells = {
+        (label, seed): _cell(config, label, seed)
+        for seed in seeds
+        for label in (*references, *codecs)
+    }
+    for cell in cells.values():  # before hours are spent on the others
+        _check_same(cell)
+    entries = {
+        (label, seed): ComparisonEntry(label, seed, _compared(cell, label, listeners))
+        for (label, seed), cell in cells.items()
+    }
+    labels = dict.fromkeys((*codecs, *references))
+    return ComparisonResult([entries[label, seed] for label in labels for seed in seeds])
 
 
 def evaluate(
@@ -327,46 +333,44 @@ def _announce(workspace: Workspace, kind: str) -> None:
     )
 
 
-def _compared(
-    config: Config, label: str, seed: int, listeners: Sequence[Listener]
-) -> list[RoundRecord]:
-    """Records of one cell of a comparison, run only as far as it has not been."""
-    changes: dict[str, Any] = {"seed": seed, "name": f"{config.name}-{label}-seed{seed}"}
+def _cell(config: Config, label: str, seed: int) -> Config:
+    """Configuration of one cell of a comparison, under the name of its run folder."""
     if label in REFERENCES:
-        changes["name"] = f"{config.name}-seed{seed}"
-        wanted = config.with_overrides(changes)
-        folder = RunFolder(wanted.with_overrides({"name": f"{wanted.name}-{label}"}).run_dir)
-        _check_same(folder, wanted)
-        if _is_complete(folder, wanted):
-            return folder.records()
-        result = reference(wanted, label, overwrite=True, listeners=listeners)
-    else:
-        if label != config.uplink.name:
-            changes |= {"uplink.name": label, "uplink.options": CodecConfig().options}
-        wanted = config.with_overrides(changes)
-        folder = RunFolder(wanted.run_dir)
-        _check_same(folder, wanted)
-        if _is_complete(folder, wanted):
-            return folder.records()
-        if folder.exists():
-            result = resume(folder.path, listeners=listeners)
-        else:
-            result = run(wanted, listeners=listeners)
-    if result.interrupted:
-        check_interrupt()
-        raise RunInterrupted("comparison stopped; run the same command again to go on")
-    return result.records
+        return config.with_overrides({"seed": seed, "name": f"{config.name}-seed{seed}-{label}"})
+    changes: dict[str, Any] = {"seed": seed, "name": f"{config.name}-{label}-seed{seed}"}
+    if label != config.uplink.name:
+        changes |= {"uplink.name": label, "uplink.options": CodecConfig().options}
+    return config.with_overrides(changes)
 
 
-def _check_same(folder: RunFolder, config: Config) -> None:
+def _check_same(cell: Config) -> None:
     """Refuse to take an earlier run of another configuration for a cell of a comparison."""
     from cgfedllm.federation.checkpoint import config_fingerprint
 
-    if folder.exists() and config_fingerprint(folder.config()) != config_fingerprint(config):
+    folder = RunFolder(cell.run_dir)
+    if folder.exists() and config_fingerprint(folder.config()) != config_fingerprint(cell):
         raise ConfigError(
             f"{folder.path} holds a run of another configuration; compare under another "
             "--name, or remove it"
         )
+
+
+def _compared(cell: Config, label: str, listeners: Sequence[Listener]) -> list[RoundRecord]:
+    """Records of one cell of a comparison, run only as far as it has not been."""
+    folder = RunFolder(cell.run_dir)
+    if _is_complete(folder, cell):
+        return folder.records()
+    if label in REFERENCES:
+        base = cell.with_overrides({"name": cell.name.removesuffix(f"-{label}")})
+        result = reference(base, label, overwrite=True, listeners=listeners)
+    elif folder.exists():
+        result = resume(folder.path, listeners=listeners)
+    else:
+        result = run(cell, listeners=listeners)
+    if result.interrupted:
+        check_interrupt()
+        raise RunInterrupted("comparison stopped; run the same command again to go on")
+    return result.records
 
 
 def _is_complete(folder: RunFolder, config: Config) -> bool:

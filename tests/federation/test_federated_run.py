@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -14,10 +15,11 @@ import pytest
 import cgfedllm
 from cgfedllm import events
 from cgfedllm.adapter import AdapterUpdate
-from cgfedllm.codecs import make_codec
+from cgfedllm.codecs import Codec, make_codec
 from cgfedllm.config import Config
 from cgfedllm.errors import FederationError, TrainingError
 from cgfedllm.federation.checkpoint import latest_checkpoint
+from cgfedllm.federation.inprocess import InProcessGrid
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.peft_format import load_adapter
 from cgfedllm.runs import RunFolder
@@ -494,6 +496,7 @@ def test_a_round_nobody_can_finish_stops_the_run_and_keeps_the_rest(
     assert outcome(cgfedllm.resume(config.run_dir).run_dir) == outcome(unbroken.run_dir)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_an_aggregate_that_is_not_finite_stops_the_run_before_anything_is_kept(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,3 +545,37 @@ def test_error_feedback_keeps_a_residual_only_for_codecs_that_lose_something(
         result = cgfedllm.run(tiny_config(*FAST, f"uplink.name={codec}", f"name={codec}"))
         files = list((result.run_dir / "clients" / "north").glob("memory-*"))
         assert bool(files) == lossy
+
+
+# ---- many clients -------------------------------------------------------------------------------
+
+
+def test_replies_do_not_pile_up_with_the_number_of_clients(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver, decode = InProcessGrid._deliver, Codec.decode
+    alive: list[weakref.ref[Any]] = []
+    most = {12: 0, 36: 0}
+    clients = 0
+
+    def noted(made: Any) -> Any:
+        alive.append(weakref.ref(made))
+        most[clients] = max(most[clients], sum(ref() is not None for ref in alive))
+        return made
+
+    monkeypatch.setattr(InProcessGrid, "_deliver", lambda *args: noted(deliver(*args)))
+    monkeypatch.setattr(Codec, "decode", lambda *args: noted(decode(*args)))
+    for clients in most:
+        config = tiny_config(
+            "data.partition.kind=iid",
+            f"data.partition.clients={clients}",
+            "data.partition.min_rows=1",
+            "data.splits.validation=0",
+            "training.local_steps=1",
+            "training.batch_size=2",
+            "evaluation.clients=false",
+            "federation.rounds=1",
+            f"name=of-{clients}",
+        )
+        assert len(cgfedllm.run(config).records[1].clients) == clients
+    assert most[12] == most[36] <= 8

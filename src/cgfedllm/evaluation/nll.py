@@ -36,8 +36,8 @@ class NllResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
-        return math.exp(self.nll)
+        """exp(nll); infinite where floats end."""
+        return math.inf if self.nll > 709 else math.exp(self.nll)
 
 
 def evaluate_nll(

@@ -162,6 +162,11 @@ def hello(message: Message, context: Context) -> Message:
     """Tell the server who this is and what it runs, before any training."""
     session = open_session(context)
     rows = session.workspace.encoded(session.data, "train")
+    if not rows.examples:
+        raise DataError(
+            f"client {session.data.name!r} has nothing to train on: all its {rows.dropped} rows "
+            "are blank, or cut to data.max_length before the first token of an answer; raise it"
+        )
     about = ConfigRecord(
         {
             "client": session.data.name,

@@ -45,24 +45,25 @@ class Directory:
         self._spec_hash = spec_hash
         self._timeout = timeout
         self._names: dict[int, str] = {}
-        self._refused: set[int] = set()
-        self._rows: Counter[str] = Counter()
+        self._refused: dict[int, str] = {}
+        self._rows: dict[str, Counter[str]] = {}
 
     def refresh(self) -> None:
         """Greet nodes not met before; those that run something else are left out, with a word."""
-        new = [
-            node
-            for node in self._grid.get_node_ids()
-            if node not in self._names and node not in self._refused
-        ]
+        present = set(self._grid.get_node_ids())
+        new = sorted(present - self._names.keys() - self._refused.keys())
         messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, "query") for node in new]
         for reply in receive(self._grid, messages, self._timeout):
             node = reply.metadata.src_node_id
             try:
-                self._names[node] = self._accept(reply)
+                name = self._accept(reply, present)
             except CgFedLlmError as error:
-                self._refused.add(node)
+                self._refused[node] = str(error)
                 events.publish(events.Notice(f"node {node} is left out: {error}", "warning"))
+                continue
+            # a client that was started again has a new id; the old one is gone
+            self._names = {n: known for n, known in self._names.items() if known != name}
+            self._names[node] = name
 
     def name(self, node: int) -> str:
         """Name of the client on a node."""
@@ -78,13 +79,19 @@ class Directory:
 
     def rows(self) -> str:
         """How many training rows all clients have, and what the length limit did to them."""
-        cut, dropped = self._rows["rows-cut"], self._rows["rows-dropped"]
+        total = sum(self._rows.values(), Counter())
+        cut, dropped = total["rows-cut"], total["rows-dropped"]
         return (
-            f"{self._rows['rows']} training rows in {len(self._names)} clients; "
+            f"{total['rows']} training rows in {len(self._names)} clients; "
             f"{cut} were cut to data.max_length, {dropped} dropped (no answer left to learn from)"
         )
 
-    def _accept(self, reply: Message) -> str:
+    def refusals(self) -> str:
+        """Why nodes were left out, each reason once; nothing if none was."""
+        reasons = dict.fromkeys(self._refused.values())
+        return f". {len(self._refused)} were left out: {'; '.join(reasons)}" if reasons else ""
+
+    def _accept(self, reply: Message, present: set[int]) -> str:
         if reply.has_error():
             raise FederationError(reply.error.reason or "it answered with an error")
         about = reply.content.config_records.get(CONFIG, ConfigRecord())
@@ -97,10 +104,10 @@ class Directory:
             raise FederationError(
                 f"{name} has another adapter (other base model, rank or target modules)"
             )
-        if name in self._names.values():
+        if any(known == name and node in present for node, known in self._names.items()):
             raise FederationError(f"a client named {name!r} is connected already")
-        for key in ("rows", "rows-cut", "rows-dropped"):
-            self._rows[key] += int(about.get(key, 0))  # type: ignore[arg-type]
+        counts = {key: about.get(key, 0) for key in ("rows", "rows-cut", "rows-dropped")}
+        self._rows[name] = Counter({k: n for k, n in counts.items() if isinstance(n, int)})
         return name
 
 
@@ -261,6 +268,7 @@ class Server:
                 raise FederationError(
                     f"{here} clients are there, federation.min_clients is "
                     f"{federation.min_clients}; connect more or lower it"
+                    f"{self._directory.refusals()}"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -389,6 +397,12 @@ class Server:
                 packed=self._workspace.packed,
                 batch_size=evaluation.batch_size,
             )
+            if not math.isfinite(result.nll):
+                raise FederationError(
+                    f"round {record.round}: the loss on the held-out set is {result.nll}; lower "
+                    "training.lr (or federation.strategy.lr) and start again. Nothing of this "
+                    "round was kept"
+                )
             record.heldout_nll = result.nll
         if evaluation.clients:
             messages = self._strategy.configure_evaluate(
