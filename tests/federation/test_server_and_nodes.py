@@ -14,11 +14,13 @@ from flwr.clientapp import ClientApp
 from cgfedllm import __version__, events
 from cgfedllm.config import Config
 from cgfedllm.errors import FederationError
+from cgfedllm.federation import directory as nodes
 from cgfedllm.federation import server_app
 from cgfedllm.federation.client_app import make_client_app
+from cgfedllm.federation.directory import Directory
 from cgfedllm.federation.inprocess import InProcessGrid
 from cgfedllm.federation.messages import CONFIG, METRICS
-from cgfedllm.federation.server_app import Directory, Server
+from cgfedllm.federation.server_app import Server
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.runs import RunFolder
 from cgfedllm.workspace import Workspace, workspace_for
@@ -195,7 +197,7 @@ def serve(config: Config, make: Callable[[dict[int, Context]], InProcessGrid]) -
 def test_a_client_that_does_not_answer_in_time_is_left_out(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_app, "time", Clock())
+    monkeypatch.setattr(nodes, "time", Clock())
     names = {50 - 7 * partition: name for partition, name in enumerate(("north", "south", "west"))}
 
     def lost(message: Message) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from cgfedllm import __version__, events
+from cgfedllm import events
 from cgfedllm.errors import CgFedLlmError, FederationError
 from cgfedllm.evaluation.nll import evaluate_nll
+from cgfedllm.federation.accounting import Stopwatch, client_record, time_split
 from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from cgfedllm.federation.directory import POLL_SECONDS, Directory, NamedGrid, receive
 from cgfedllm.federation.downlink import Broadcaster
 from cgfedllm.federation.messages import (
     CONFIG,
@@ -24,149 +25,12 @@ from cgfedllm.federation.messages import (
     numbers_of,
 )
 from cgfedllm.federation.strategies import make_strategy, restore_strategy, strategy_state
-from cgfedllm.federation.strategy import CompressedStrategy, Received, RoundTally
+from cgfedllm.federation.strategy import CompressedStrategy, RoundTally
 from cgfedllm.interrupt import check_interrupt
-from cgfedllm.metrics import ClientRecord, FailureRecord, RoundRecord
+from cgfedllm.metrics import FailureRecord, RoundRecord
 from cgfedllm.peft_format import save_adapter
 from cgfedllm.runs import RunFolder
 from cgfedllm.workspace import Workspace, workspace_for
-
-_POLL_SECONDS = 0.5
-
-
-class Directory:
-    """Who is behind which node id. Names, not ids, decide order and sampling.
-
-    Node ids differ from engine to engine and from start to start; client names do not.
-    """
-
-    def __init__(self, grid: Grid, spec_hash: str, timeout: float) -> None:
-        self._grid = grid
-        self._spec_hash = spec_hash
-        self._timeout = timeout
-        self._names: dict[int, str] = {}
-        self._refused: dict[int, str] = {}
-        self._rows: dict[str, Counter[str]] = {}
-
-    def refresh(self) -> None:
-        """Greet nodes not met before; those that run something else are left out, with a word."""
-        present = set(self._grid.get_node_ids())
-        new = sorted(present - self._names.keys() - self._refused.keys())
-        messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, "query") for node in new]
-        for reply in receive(self._grid, messages, self._timeout):
-            node = reply.metadata.src_node_id
-            try:
-                name = self._accept(reply, present)
-            except CgFedLlmError as error:
-                self._refused[node] = str(error)
-                events.publish(events.Notice(f"node {node} is left out: {error}", "warning"))
-                continue
-            # a client that was started again has a new id; the old one is gone
-            self._names = {n: known for n, known in self._names.items() if known != name}
-            self._names[node] = name
-
-    def name(self, node: int) -> str:
-        """Name of the client on a node."""
-        return self._names.get(node, f"node {node}")
-
-    def nodes(self) -> list[int]:
-        """Nodes of all accepted clients, ordered by client name."""
-        return sorted(self._names, key=self._names.__getitem__)
-
-    def names(self) -> tuple[str, ...]:
-        """Names of all accepted clients, in order."""
-        return tuple(self._names[node] for node in self.nodes())
-
-    def rows(self) -> str:
-        """How many training rows all clients have, and what the length limit did to them."""
-        total = sum(self._rows.values(), Counter())
-        cut, dropped = total["rows-cut"], total["rows-dropped"]
-        return (
-            f"{total['rows']} training rows in {len(self._names)} clients; "
-            f"{cut} were cut to data.max_length, {dropped} dropped (no answer left to learn from)"
-        )
-
-    def refusals(self) -> str:
-        """Why nodes were left out, each reason once; nothing if none was."""
-        reasons = dict.fromkeys(self._refused.values())
-        return f". {len(self._refused)} were left out: {'; '.join(reasons)}" if reasons else ""
-
-    def _accept(self, reply: Message, present: set[int]) -> str:
-        if reply.has_error():
-            raise FederationError(reply.error.reason or "it answered with an error")
-        about = reply.content.config_records.get(CONFIG, ConfigRecord())
-        if not {"client", "release", "spec"} <= set(about):
-            raise FederationError("it does not answer as a client of this app does")
-        name = str(about["client"])
-        if about["release"] != __version__:
-            raise FederationError(f"{name} runs release {about['release']!s}, not {__version__}")
-        if about["spec"] != self._spec_hash:
-            raise FederationError(
-                f"{name} has another adapter (other base model, rank or target modules)"
-            )
-        if any(known == name and node in present for node, known in self._names.items()):
-            raise FederationError(f"a client named {name!r} is connected already")
-        counts = {key: about.get(key, 0) for key in ("rows", "rows-cut", "rows-dropped")}
-        self._rows[name] = Counter({k: n for k, n in counts.items() if isinstance(n, int)})
-        return name
-
-
-class NamedGrid(Grid):
-    """A grid that shows only accepted clients, in the order of their names."""
-
-    def __init__(self, grid: Grid, directory: Directory) -> None:
-        self._grid = grid
-        self._directory = directory
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Accepted nodes, ordered by client name."""
-        return self._directory.nodes()
-
-    def set_run(self, run: object) -> None:
-        """Not needed: the engine has set its run already."""
-
-    @property
-    def run(self):  # type: ignore[no-untyped-def]
-        """The engine's run."""
-        return self._grid.run
-
-    def create_message(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """As the engine does."""
-        return self._grid.create_message(*args, **kwargs)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the engine does."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the engine does."""
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """As the engine does."""
-        return self._grid.send_and_receive(messages, timeout=timeout)
-
-
-def receive(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-    """Send messages and yield replies as they come, until all are in or time is up.
-
-    Raises
-    ------
-    RunInterrupted
-        Between two replies, if a stop was requested.
-    """
-    pending = dict.fromkeys(grid.push_messages(messages))
-    deadline = time.monotonic() + timeout
-    while pending and time.monotonic() < deadline:
-        check_interrupt()
-        replies = list(grid.pull_messages(list(pending)))
-        for reply in replies:
-            pending.pop(reply.metadata.reply_to_message_id, None)
-            yield reply
-        if not replies:
-            time.sleep(_POLL_SECONDS)
 
 
 class Server:
@@ -270,7 +134,7 @@ class Server:
                     f"{federation.min_clients}; connect more or lower it"
                     f"{self._directory.refusals()}"
                 )
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _round(self, round_: int) -> None:
         federation = self._config.federation
@@ -326,7 +190,7 @@ class Server:
             )
         )
         events.publish(events.RoundStarted(round_, len(messages)))
-        waiting = _Stopwatch(self._replies(messages))
+        waiting = Stopwatch(self._replies(messages))
         arrays, _ = self._strategy.aggregate_train(round_, waiting)
         seconds["waiting"] = waiting.seconds
         seconds["exchange"] = time.perf_counter() - began
@@ -363,7 +227,7 @@ class Server:
             text = f"round {record.round}: {failure.client} is left out: {failure.reason}"
             events.publish(events.Notice(text, "warning"))
         self._count(record, tally)
-        record.seconds = _time_split(record, tally, seconds, time.perf_counter() - began)
+        record.seconds = time_split(record, tally, seconds, time.perf_counter() - began)
         saving = time.perf_counter()
         save_checkpoint(
             self._folder.checkpoints_dir,
@@ -424,7 +288,7 @@ class Server:
     def _count(self, record: RoundRecord, tally: RoundTally) -> None:
         before, fp32 = self._record, 4 * self._workspace.spec.size
         record.clients = [
-            _client_record(received, tally.downlink_bytes.get(received.client, 0))
+            client_record(received, tally.downlink_bytes.get(received.client, 0))
             for received in sorted(tally.received, key=lambda received: received.client)
         ]
         record.uplink_bytes = tally.uplink_bytes
@@ -439,71 +303,10 @@ class Server:
         save_adapter(self._folder.adapter_dir, self._workspace.whole(self._adapter), self._config)
 
 
-class _Stopwatch:
-    """Passes replies on and adds up the time spent waiting for them."""
-
-    def __init__(self, replies: Iterator[Message]) -> None:
-        self._replies = replies
-        self.seconds = 0.0
-
-    def __iter__(self) -> _Stopwatch:
-        return self
-
-    def __next__(self) -> Message:
-        began = time.perf_counter()
-        try:
-            return next(self._replies)
-        finally:
-            self.seconds += time.perf_counter() - began
-
-
 def _lost_reference(reply: Message) -> bool:
     if not reply.has_content() or CONFIG not in reply.content.config_records:
         return False
     return reply.content.config_records[CONFIG].get(STATUS) == REFERENCE_MISSING
-
-
-def _client_record(received: Received, downlink_bytes: int) -> ClientRecord:
-    metrics = received.metrics
-    return ClientRecord(
-        client=received.client,
-        examples=int(metrics["num-examples"]),
-        steps=int(metrics.get("steps", 0)),
-        tokens=int(metrics.get("tokens", 0)),
-        train_loss=metrics.get("train-loss", 0.0),
-        update_norm=metrics.get("update-norm", 0.0),
-        uplink_bytes=received.packet_bytes,
-        downlink_bytes=downlink_bytes,
-        train_seconds=metrics.get("train-seconds", 0.0),
-        encode_seconds=metrics.get("encode-seconds", 0.0),
-        decode_seconds=received.decode_seconds + metrics.get("decode-seconds", 0.0),
-    )
-
-
-def _time_split(
-    record: RoundRecord, tally: RoundTally, seconds: dict[str, float], total: float
-) -> dict[str, float]:
-    """Where the round's time went.
-
-    Client seconds are summed over clients; `transfer` is waiting that no client accounts for
-    (copying, transport, idle), `aggregate` what the server did beyond decoding.
-    """
-    train = sum(client.train_seconds for client in record.clients)
-    encode = sum(client.encode_seconds for client in record.clients)
-    decode = sum(client.decode_seconds for client in record.clients)
-    server_decode = sum(received.decode_seconds for received in tally.received)
-    waiting = seconds.get("waiting", 0.0)
-    on_clients = train + encode + decode - server_decode
-    return {
-        "train": train,
-        "encode": encode,
-        "transfer": max(0.0, waiting - on_clients),
-        "decode": decode,
-        "aggregate": max(0.0, seconds.get("exchange", 0.0) - waiting - server_decode),
-        "evaluate": seconds.get("evaluate", 0.0),
-        "checkpoint": 0.0,
-        "total": total,
-    }
 
 
 def make_server_app() -> ServerApp:

@@ -1,0 +1,152 @@
+"""Who is out there: nodes greeted, named and ordered, and messages to them and back."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from cgfedllm import __version__, events
+from cgfedllm.errors import CgFedLlmError, FederationError
+from cgfedllm.federation.messages import CONFIG
+from cgfedllm.interrupt import check_interrupt
+
+POLL_SECONDS = 0.5
+
+
+class Directory:
+    """Who is behind which node id. Names, not ids, decide order and sampling.
+
+    Node ids differ from engine to engine and from start to start; client names do not.
+    """
+
+    def __init__(self, grid: Grid, spec_hash: str, timeout: float) -> None:
+        self._grid = grid
+        self._spec_hash = spec_hash
+        self._timeout = timeout
+        self._names: dict[int, str] = {}
+        self._refused: dict[int, str] = {}
+        self._rows: dict[str, Counter[str]] = {}
+
+    def refresh(self) -> None:
+        """Greet nodes not met before; those that run something else are left out, with a word."""
+        present = set(self._grid.get_node_ids())
+        new = sorted(present - self._names.keys() - self._refused.keys())
+        messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, "query") for node in new]
+        for reply in receive(self._grid, messages, self._timeout):
+            node = reply.metadata.src_node_id
+            try:
+                name = self._accept(reply, present)
+            except CgFedLlmError as error:
+                self._refused[node] = str(error)
+                events.publish(events.Notice(f"node {node} is left out: {error}", "warning"))
+                continue
+            # a client that was started again has a new id; the old one is gone
+            self._names = {n: known for n, known in self._names.items() if known != name}
+            self._names[node] = name
+
+    def name(self, node: int) -> str:
+        """Name of the client on a node."""
+        return self._names.get(node, f"node {node}")
+
+    def nodes(self) -> list[int]:
+        """Nodes of all accepted clients, ordered by client name."""
+        return sorted(self._names, key=self._names.__getitem__)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all accepted clients, in order."""
+        return tuple(self._names[node] for node in self.nodes())
+
+    def rows(self) -> str:
+        """How many training rows all clients have, and what the length limit did to them."""
+        total = sum(self._rows.values(), Counter())
+        cut, dropped = total["rows-cut"], total["rows-dropped"]
+        return (
+            f"{total['rows']} training rows in {len(self._names)} clients; "
+            f"{cut} were cut to data.max_length, {dropped} dropped (no answer left to learn from)"
+        )
+
+    def refusals(self) -> str:
+        """Why nodes were left out, each reason once; nothing if none was."""
+        reasons = dict.fromkeys(self._refused.values())
+        return f". {len(self._refused)} were left out: {'; '.join(reasons)}" if reasons else ""
+
+    def _accept(self, reply: Message, present: set[int]) -> str:
+        if reply.has_error():
+            raise FederationError(reply.error.reason or "it answered with an error")
+        about = reply.content.config_records.get(CONFIG, ConfigRecord())
+        if not {"client", "release", "spec"} <= set(about):
+            raise FederationError("it does not answer as a client of this app does")
+        name = str(about["client"])
+        if about["release"] != __version__:
+            raise FederationError(f"{name} runs release {about['release']!s}, not {__version__}")
+        if about["spec"] != self._spec_hash:
+            raise FederationError(
+                f"{name} has another adapter (other base model, rank or target modules)"
+            )
+        if any(known == name and node in present for node, known in self._names.items()):
+            raise FederationError(f"a client named {name!r} is connected already")
+        counts = {key: about.get(key, 0) for key in ("rows", "rows-cut", "rows-dropped")}
+        self._rows[name] = Counter({k: n for k, n in counts.items() if isinstance(n, int)})
+        return name
+
+
+class NamedGrid(Grid):
+    """A grid that shows only accepted clients, in the order of their names."""
+
+    def __init__(self, grid: Grid, directory: Directory) -> None:
+        self._grid = grid
+        self._directory = directory
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Accepted nodes, ordered by client name."""
+        return self._directory.nodes()
+
+    def set_run(self, run: object) -> None:
+        """Not needed: the engine has set its run already."""
+
+    @property
+    def run(self):  # type: ignore[no-untyped-def]
+        """The engine's run."""
+        return self._grid.run
+
+    def create_message(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """As the engine does."""
+        return self._grid.create_message(*args, **kwargs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the engine does."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the engine does."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """As the engine does."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+def receive(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+    """Send messages and yield replies as they come, until all are in or time is up.
+
+    Raises
+    ------
+    RunInterrupted
+        Between two replies, if a stop was requested.
+    """
+    pending = dict.fromkeys(grid.push_messages(messages))
+    deadline = time.monotonic() + timeout
+    while pending and time.monotonic() < deadline:
+        check_interrupt()
+        replies = list(grid.pull_messages(list(pending)))
+        for reply in replies:
+            pending.pop(reply.metadata.reply_to_message_id, None)
+            yield reply
+        if not replies:
+            time.sleep(POLL_SECONDS)
