@@ -1,6 +1,7 @@
 """What the in-process engine costs beyond training, and how memory grows with clients.
 
-    python benchmarks/engine.py
+    python benchmarks/engine.py overhead
+    python benchmarks/engine.py memory
 
 Each run has a process of its own, so that peak memory is its own. Overhead is everything in a
 round but training and evaluation: coding, copying, aggregating, checkpoints, bookkeeping.
@@ -12,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from common import spread, touch_memory, write_result
@@ -23,48 +24,53 @@ from common import spread, touch_memory, write_result
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("what", choices=("overhead", "memory", "one"))
+    parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--few", type=int, default=4)
     parser.add_argument("--many", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(_run(json.loads(options.one))))
-        return
+    if options.what == "one":
+        print(json.dumps(_run(json.loads(options.job))))
+    elif options.what == "overhead":
+        _overhead(options.few, options.rounds)
+    else:
+        _memory(options.few, options.many)
+
+
+def _overhead(clients: int, rounds: int) -> None:
     touch_memory()
-    overhead = {}
+    results = {}
     for codec in ("raw", "int8"):
-        rows = _in_process(
-            {"clients": options.few, "rounds": options.rounds, "codec": codec, "steps": 4}
-        )
+        job = {"clients": clients, "rounds": rounds, "codec": codec, "steps": 4}
+        seconds = _in_process(job)["seconds"]
         # the first round also tokenises and warms up
-        shares = [1 - (r["train"] + r["evaluate"]) / r["total"] for r in rows["seconds"][2:]]
-        overhead[codec] = {
-            "share_of_round": spread(shares),
-            "seconds_of_last_round": rows["seconds"][-1],
-        }
-        print(codec, overhead[codec]["share_of_round"])
-    memory = {
-        str(n): _in_process({"clients": n, "rounds": 1, "codec": "raw", "steps": 1})["peak_mib"]
-        for n in (options.few, options.many)
-    }
-    ratio = memory[str(options.many)] / memory[str(options.few)]
-    print(f"peak memory {memory}, ratio {ratio:.3f}")
-    path = write_result(
-        "engine",
-        {
-            "what": "in-process engine, embedded model, demo rows",
-            "overhead": overhead,
-            "peak_memory_mib_by_clients": memory,
-            "memory_ratio": ratio,
-        },
+        shares = [1 - (r["train"] + r["evaluate"]) / r["total"] for r in seconds[2:]]
+        results[codec] = {"share_of_round": spread(shares), "seconds_of_last_round": seconds[-1]}
+        print(codec, results[codec]["share_of_round"])
+    what = (
+        f"in-process engine, embedded model, demo rows, {clients} clients, 4 local steps of 4 rows"
     )
-    print(path)
+    print(write_result("engine_overhead", {"what": what, "overhead": results}))
+
+
+def _memory(few: int, many: int) -> None:
+    peaks = {
+        str(clients): _in_process({"clients": clients, "rounds": 1, "codec": "raw", "steps": 1})[
+            "peak_mib"
+        ]
+        for clients in (few, many)
+    }
+    ratio = peaks[str(many)] / peaks[str(few)]
+    print(f"peak memory {peaks}, ratio {ratio:.3f}")
+    what = "in-process engine, embedded model, demo rows, raw codec, full participation"
+    content = {"what": what, "peak_memory_mib_by_clients": peaks, "ratio": ratio}
+    print(write_result("engine_memory", content))
 
 
 def _in_process(job: dict[str, Any]) -> Any:
     done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(job)],
+        [sys.executable, __file__, "one", json.dumps(job)],
         check=True,
         capture_output=True,
         text=True,
@@ -95,8 +101,15 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         result = cgfedllm.run(config)
     return {
         "seconds": [record.seconds for record in result.records],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": _peak_mib(),
     }
+
+
+def _peak_mib() -> float:
+    """Peak resident memory; `getrusage` would report the parent's if that was larger."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
