@@ -227,3 +227,12 @@ def test_plain_signs_of_life_name_what_goes_on() -> None:
         "  round 1/2: client 2/2 (centralised), step 3, loss 1.500, 1,000 tokens/s",
     ]
     assert "None" not in out.getvalue()
+
+
+def test_a_second_run_is_not_compared_with_the_first() -> None:
+    progress = Progress()
+    for _ in range(2):  # as `cgfedllm compare` does
+        progress.update(ev.RunStarted("r", 1, ("a",), 10, "raw", "raw"))
+        for round_, nll in enumerate((3.0, 2.0)):
+            progress.update(ev.RoundFinished(RoundRecord(round=round_, heldout_nll=nll)))
+            assert progress.nll_change == (None if round_ == 0 else -1.0)

@@ -58,6 +58,8 @@ class Progress:
         if isinstance(event, RunStarted):
             self.rounds = event.rounds
             self.done = self._done_at_start = event.resumed_from
+            # one watcher may see several runs, as in a comparison
+            self.record = self.nll_change = self._nll = self._training_since = None
         elif isinstance(event, RoundStarted):
             self._start_round(event)
         elif isinstance(event, ClientStarted):
