@@ -43,6 +43,7 @@ def comparison_table(entries: Sequence[ComparisonEntry]) -> Table:
         Runs in any order; the first one's codec is the reference.
     """
     table = plain_table()
+    table.min_width = 78  # for the caption: it is folded to the table's width
     table.add_column("codec", overflow="fold", min_width=10, max_width=30)
     for title in ("uplink", "fewer", "bits", "NLL", "difference", "time"):
         table.add_column(title, justify="right", no_wrap=True)
