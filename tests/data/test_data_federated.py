@@ -170,7 +170,7 @@ def test_every_snippet_of_the_guide_is_a_valid_configuration():
         parse_config(tomllib.loads(snippet))
 
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.mark.parametrize(
