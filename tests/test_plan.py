@@ -16,7 +16,7 @@ from cgfedllm.config import load_config
 from cgfedllm.errors import ConfigError, ModelError
 from cgfedllm.federation.downlink import Broadcaster
 from cgfedllm.lora import specs_from_config
-from cgfedllm.plan import Link, Plan, make_plan, sampled_clients
+from cgfedllm.plan import Link, Plan, make_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -196,7 +196,7 @@ def test_number_of_clients_may_be_unknown(tiny: str) -> None:
 )
 def test_sampled_clients(clients: int, fraction: float, least: int, sampled: int) -> None:
     overrides = [f"federation.fraction_train={fraction}", f"federation.min_clients={least}"]
-    assert sampled_clients(load_config(None, overrides), clients) == sampled
+    assert load_config(None, overrides).federation.sampled(clients) == sampled
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("nan"), float("inf")])

@@ -166,25 +166,10 @@ def reference(
     ConfigError
         If `kind` is neither.
     """
-    from cgfedllm.training.reference import train_centralised, train_local_only
-
     if kind not in REFERENCES:
         raise ConfigError(f"reference is one of {', '.join(REFERENCES)}; got {kind!r}")
-    config = config.with_overrides({"name": f"{config.name}-{kind}"})
-    with RunFolder.create(config, overwrite=overwrite) as folder:
-        workspace = _workspace(config, folder)
-        with _watched(config, folder, listeners):
-            _announce(workspace, kind)
-            try:
-                if kind == "centralised":
-                    adapter = train_centralised(workspace, folder.append)
-                    _save(folder.adapter_dir, workspace, adapter)
-                else:
-                    for name, own in train_local_only(workspace, folder.append).items():
-                        _save(folder.adapter_dir / name, workspace, own)
-            except RunInterrupted:
-                return RunResult(folder.path, folder.adapter_dir, folder.records(), True)
-        return RunResult(folder.path, folder.adapter_dir, folder.records(), False)
+    named = config.with_overrides({"name": f"{config.name}-{kind}"})
+    return _train_reference(named, kind, overwrite, listeners)
 
 
 def compare(
@@ -303,6 +288,28 @@ def _federate(config: Config, folder: RunFolder, listeners: Sequence[Listener]) 
     return RunResult(folder.path, folder.adapter_dir, folder.records(), interrupted=False)
 
 
+def _train_reference(
+    config: Config, kind: str, overwrite: bool, listeners: Sequence[Listener]
+) -> RunResult:
+    """Train a reference in the folder that `config` names."""
+    from cgfedllm.training.reference import train_centralised, train_local_only
+
+    with RunFolder.create(config, overwrite=overwrite) as folder:
+        workspace = _workspace(config, folder)
+        with _watched(config, folder, listeners):
+            _announce(workspace, kind)
+            try:
+                if kind == "centralised":
+                    adapter = train_centralised(workspace, folder.append)
+                    _save(folder.adapter_dir, workspace, adapter)
+                else:
+                    for name, own in train_local_only(workspace, folder.append).items():
+                        _save(folder.adapter_dir / name, workspace, own)
+            except RunInterrupted:
+                return RunResult(folder.path, folder.adapter_dir, folder.records(), True)
+        return RunResult(folder.path, folder.adapter_dir, folder.records(), False)
+
+
 @contextmanager
 def _watched(config: Config, folder: RunFolder, listeners: Sequence[Listener]) -> Iterator[None]:
     from cgfedllm.report.trackers import trackers
@@ -361,8 +368,7 @@ def _compared(cell: Config, label: str, listeners: Sequence[Listener]) -> list[R
     if _is_complete(folder, cell):
         return folder.records()
     if label in REFERENCES:
-        base = cell.with_overrides({"name": cell.name.removesuffix(f"-{label}")})
-        result = reference(base, label, overwrite=True, listeners=listeners)
+        result = _train_reference(cell, label, True, listeners)
     elif folder.exists():
         result = resume(folder.path, listeners=listeners)
     else:

@@ -271,6 +271,10 @@ class FederationConfig(Section):
     timeout: PositiveFloat = 3600.0
     """Seconds to wait for the replies of one round."""
 
+    def sampled(self, clients: int) -> int:
+        """How many of the clients train in a round: the fraction, at least `min_clients`."""
+        return min(clients, max(int(clients * self.fraction_train), self.min_clients))
+
     @model_validator(mode="after")
     def _combinations(self) -> FederationConfig:
         if self.aggregation == "product" and self.strategy.name != "fedavg":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -100,6 +100,26 @@ def full_spec(model: torch.nn.Module) -> AdapterSpec:
     return AdapterSpec.from_shapes({n: p.shape for n, p in adapter_parameters(model).items()})
 
 
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device, where tensors have shapes but no memory.
+
+    Raises
+    ------
+    ModelError
+        If it is not a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            name = config.name_or_path or config.model_type
+            raise ModelError(f"model.id: {name!r} is no causal LM: {error}") from None
+    return model
+
+
 def specs_from_config(
     config: PretrainedConfig, lora: LoraConfig
 ) -> tuple[AdapterSpec, AdapterSpec]:
@@ -108,13 +128,12 @@ def specs_from_config(
     Raises
     ------
     ModelError
-        As `attach_lora`.
+        As `meta_model` and `attach_lora`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: Any = attach_lora(AutoModelForCausalLM.from_config(config), lora)
+        model = attach_lora(meta_model(config), lora)
     return trainable_spec(model), full_spec(model)
 
 

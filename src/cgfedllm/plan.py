@@ -22,11 +22,11 @@ from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import make_codec
 from cgfedllm.codecs.packet import HEADER_SIZE
 from cgfedllm.config import CodecConfig, Config, ModelConfig
-from cgfedllm.errors import ConfigError, ModelError
+from cgfedllm.errors import ConfigError
 from cgfedllm.report.units import human_bytes
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 _ASSUMED_CLIENTS = 10
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -235,7 +235,7 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
     link = link or Link()
     known = clients or config.data.partition.clients
     total = known or _ASSUMED_CLIENTS
-    sampled = sampled_clients(config, total)
+    sampled = config.federation.sampled(total)
     model_config = find_model_config(config.model)
     model, spec, full = _measure(config, model_config)
     rounds = config.federation.rounds
@@ -254,12 +254,6 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
         downlink=downlink,
         memory=memory,
     )
-
-
-def sampled_clients(config: Config, clients: int) -> int:
-    """How many of the clients train in a round: the fraction, at least `min_clients`."""
-    wanted = max(int(clients * config.federation.fraction_train), config.federation.min_clients)
-    return min(wanted, clients)
 
 
 def find_model_config(model: ModelConfig) -> PretrainedConfig:
@@ -285,24 +279,20 @@ def _measure(
 ) -> tuple[ModelPlan, AdapterSpec, AdapterSpec]:
     """Count parameters on the meta device, where tensors have shapes but no memory."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from cgfedllm.lora import attach_lora, full_spec, trainable_spec
+    from cgfedllm.lora import attach_lora, full_spec, meta_model, trainable_spec
 
+    base = meta_model(model_config)
+    parameters = sum(p.numel() for p in base.parameters())
+    linear = sum(
+        module.weight.numel()
+        for name, module in base.named_modules()
+        # quantisation leaves the output layer alone
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    )
     with torch.device("meta"):
-        try:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)
-        except ValueError as error:
-            raise ModelError(f"model.id: {config.model.id!r} is no causal LM: {error}") from None
-        parameters = sum(p.numel() for p in base.parameters())
-        linear = sum(
-            module.weight.numel()
-            for name, module in base.named_modules()
-            # quantisation leaves the output layer alone
-            if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-        )
         adapted = attach_lora(base, config.lora)
-        spec, full = trainable_spec(adapted), full_spec(adapted)
+    spec, full = trainable_spec(adapted), full_spec(adapted)
     model = ModelPlan(config.model.id, parameters, linear, spec.size, full.size, len(spec))
     return model, spec, full
 

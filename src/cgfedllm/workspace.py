@@ -6,6 +6,7 @@ process has its own.
 
 from __future__ import annotations
 
+import tomllib
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,8 +140,6 @@ class Workspace:
 @lru_cache(maxsize=2)
 def workspace_for(config_toml: str, run_dir: str) -> Workspace:
     """The workspace of a resolved configuration; one a process."""
-    import tomllib
-
     return Workspace(parse_config(tomllib.loads(config_toml)), Path(run_dir))
 
 
@@ -152,8 +151,6 @@ def _model_key(config: Config) -> str:
 
 @lru_cache(maxsize=1)
 def _shared_model(key: str) -> AdaptedModel:
-    import tomllib
-
     from cgfedllm.model import load_adapted_model
 
     return load_adapted_model(parse_config(tomllib.loads(key)))

@@ -11,7 +11,9 @@ import pytest
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 
+import cgfedllm
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.config import Config
 from cgfedllm.federation.inprocess import InProcessGrid
 from cgfedllm.runs import RunFolder
 
@@ -64,6 +66,28 @@ def outcome() -> Callable[[Path], dict[str, Any]]:
         return {"rounds": rounds, "adapter": adapter}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def undisturbed_runs() -> dict[tuple[str, ...], dict[str, Any]]:
+    return {}
+
+
+@pytest.fixture
+def undisturbed(
+    tiny_config: Callable[..., Config],
+    outcome: Callable[[Path], dict[str, Any]],
+    undisturbed_runs: dict[tuple[str, ...], dict[str, Any]],
+) -> Callable[..., dict[str, Any]]:
+    """``undisturbed(*settings)``: outcome of a run that nobody stops, made once."""
+
+    def make(*settings: str) -> dict[str, Any]:
+        if settings not in undisturbed_runs:
+            config = tiny_config(*settings, "name=undisturbed")
+            undisturbed_runs[settings] = outcome(cgfedllm.run(config).run_dir)
+        return undisturbed_runs[settings]
+
+    return make
 
 
 @pytest.fixture

@@ -53,18 +53,9 @@ def stopped(tiny_config: MakeConfig) -> Config:
     return config
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shared")
-
-
 @pytest.fixture
-def unbroken(tiny_config: MakeConfig, shared: Path, outcome: Outcome) -> dict[str, Any]:
-    """Outcome of the run nobody disturbed, made once."""
-    config = tiny_config(*LOSSY, f'output="{shared}"', "name=unbroken")
-    if not RunFolder(config.run_dir).exists():
-        cgfedllm.run(config)
-    return outcome(config.run_dir)
+def unbroken(undisturbed: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return undisturbed(*LOSSY)
 
 
 def checkpoints(config: Config) -> list[Path]:

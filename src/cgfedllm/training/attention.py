@@ -20,6 +20,11 @@ _NAME = "cgfedllm_packed"
 _TRIED: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
+def without_peft(model: Any) -> Any:
+    """The transformers model itself, adapters and all, out of PEFT's wrapper if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def supports_packing(model: Any, max_length: int) -> bool:
     """Whether a model's attention can be packed without changing its result.
 
@@ -27,7 +32,7 @@ def supports_packing(model: Any, max_length: int) -> bool:
     beyond a row (recurrent or convolutional layers, attention sinks, code that does not hand
     `segment_lengths` through) shows in a trial: two short rows, packed and each alone.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     config = base.config
     window = getattr(config, "sliding_window", None)
     windowed = getattr(config, "use_sliding_window", True)
@@ -83,7 +88,7 @@ def _try_packing(model: Any) -> bool:
 @contextmanager
 def packed_attention(model: Any) -> Iterator[None]:
     """Inside this block the model attends by `segment_lengths`."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     before = base.config._attn_implementation
     base.set_attn_implementation(_NAME)
     try:

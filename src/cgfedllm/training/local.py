@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -153,7 +154,7 @@ class LocalTrainer:
                     group["lr"] = learning_rate(config, progress, self._rounds)
                 rows = [examples[i] for i in picked]
                 loss, n_labels, n_tokens = self._backward(rows)
-                if not torch.isfinite(torch.tensor(loss)):
+                if not math.isfinite(loss):
                     raise TrainingError(
                         f"client {client!r}, round {round}, step {step}: the loss is {loss}; "
                         "lower training.lr, set training.max_grad_norm, or use warmup_rounds"

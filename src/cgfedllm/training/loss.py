@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cgfedllm.data.batching import IGNORE, Batch
+from cgfedllm.training.attention import without_peft
 
 
 def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -51,5 +52,4 @@ def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 def takes_logits_to_keep(model: Any) -> bool:
     """Whether the model can compute the head at chosen positions only."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return "logits_to_keep" in inspect.signature(without_peft(model).forward).parameters

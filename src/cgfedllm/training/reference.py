@@ -104,8 +104,7 @@ def _steps_of_federated_round(workspace: Workspace) -> int:
         )
         for client in clients
     ]
-    taking_part = max(int(len(clients) * federation.fraction_train), federation.min_clients)
-    return max(1, round(sum(steps) * taking_part / len(clients)))
+    return max(1, round(sum(steps) * federation.sampled(len(clients)) / len(clients)))
 
 
 def _trainer(workspace: Workspace, local_steps: int | None) -> LocalTrainer:
