@@ -1,5 +1,7 @@
 """How far each of the plain codecs may be off."""
 
+from typing import Any
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +16,8 @@ FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 VECTORS = npst.arrays(np.float32, SPEC.size, elements=FINITE | st.floats(-1, 1, width=32))
 
 
-def through(name: str, vector: np.ndarray) -> AdapterUpdate:
-    codec = make_codec(name)
+def through(name: str, vector: np.ndarray, **options: Any) -> AdapterUpdate:
+    codec = make_codec(name, options)
     return codec.decode(codec.encode(AdapterUpdate(SPEC, vector), CONTEXT), CONTEXT)
 
 
@@ -73,3 +75,52 @@ def test_int8_rows_do_not_disturb_each_other() -> None:
     views["m.0.q.lora_B.weight"][:, 0] = 1e6
     views["m.0.q.lora_B.weight"][:, 1] = 1e-6
     np.testing.assert_allclose(through("int8", update.vector).vector, update.vector, rtol=1e-6)
+
+
+@given(VECTORS, st.integers(1, 6))
+def test_int4_is_within_half_a_step_of_its_group(vector: np.ndarray, group: int) -> None:
+    decoded = through("int4", vector, group=group)
+    for name, wanted in AdapterUpdate(SPEC, vector).views().items():
+        by_column = "lora_B" in name
+        rows = (wanted.T if by_column else wanted).astype(np.float64)
+        got = decoded.views()[name].T if by_column else decoded.views()[name]
+        for start in range(0, rows.shape[1], group):
+            own = rows[:, start : start + group]
+            # scales are rounded up to bfloat16, 2^-7 at most, but stay below what overflows
+            largest = np.abs(own).max(axis=1, keepdims=True)
+            step = np.maximum(largest / 7 * (1 + 2.0**-7), 2.0**-126)
+            error = np.abs(own - got[:, start : start + group])
+            assert (error <= 0.5 * step * (1 + 1e-4)).all()
+
+
+@given(VECTORS)
+def test_sign_sends_signs_and_the_mean_magnitude_of_a_row(vector: np.ndarray) -> None:
+    decoded = through("sign", vector)
+    for name, wanted in AdapterUpdate(SPEC, vector).views().items():
+        axis = 0 if "lora_B" in name else 1
+        mean = np.abs(wanted.astype(np.float64)).mean(axis=axis, keepdims=True)
+        signs = np.where(wanted < 0, -1, 1)
+        np.testing.assert_array_equal(decoded.views()[name], (signs * mean).astype(np.float32))
+
+
+@given(VECTORS)
+def test_zstd_is_exact_or_bf16(vector: np.ndarray) -> None:
+    assert through("zstd", vector).vector.tobytes() == vector.tobytes()
+    half = through("zstd", vector, dtype="bfloat16", level=19).vector
+    assert half.tobytes() == through("bf16", vector).vector.tobytes()
+
+
+def test_zstd_says_which_of_its_forms_is_lossless() -> None:
+    assert make_codec("zstd").lossless
+    assert not make_codec("zstd", {"dtype": "bfloat16"}).lossless
+
+
+@given(VECTORS, st.floats(0, 100))
+def test_zero_takes_the_previous_aggregate(previous: np.ndarray, scale: float) -> None:
+    codec = make_codec("zero", {"scale": scale})
+    context = CodecContext(SPEC, round=1, previous=previous)
+    blob = codec.encode(AdapterUpdate.zeros(SPEC), context)
+    assert len(blob) == 52
+    largest = float(np.finfo(np.float32).max)
+    wanted = (previous.astype(np.float64) * scale).clip(-largest, largest)
+    np.testing.assert_allclose(codec.decode(blob, context).vector, wanted, rtol=1e-6, atol=1e-37)

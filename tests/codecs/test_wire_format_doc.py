@@ -13,7 +13,7 @@ SHAPES = [("A", 2, 5), ("B", 4, 2), ("A", 2, 5), ("B", 3, 2)]
 
 
 def golden(name: str) -> bytes:
-    return bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
+    return bytes.fromhex((GOLDEN / f"{name}.hex").read_text().split()[0])
 
 
 def expected_values() -> list[float]:
@@ -44,6 +44,13 @@ def test_headers() -> None:
         assert fields == (
             *(b"CGFP", 1, 0, 1, padded, spec_hash, bytes(8), 7, 34, length, checksum),
         )
+
+
+def test_only_one_flag_is_described() -> None:
+    (row,) = re.findall(r"\| 5 \| 1 \| flags \|.*", PAGE)
+    assert "bit 0: coded against the previous aggregate" in row
+    assert "any other bit is refused" in row
+    assert "### The previous aggregate" in PAGE
 
 
 def test_raw() -> None:

@@ -12,8 +12,9 @@ feedback, lives in `feedback.py` and goes around any codec.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
@@ -65,7 +66,8 @@ class CodecContext:
     state : CodecState
         State of a learned codec; empty for the others.
     previous : ndarray or None, shape (spec.size,)
-        The previous aggregated update, where both ends hold it.
+        The last aggregated change of what clients hold, where both ends hold it: for the uplink
+        of round t+1, their copy of the global adapter at version t less that at version t-1.
 
     Raises
     ------
@@ -87,13 +89,23 @@ class CodecContext:
 class Codec(ABC):
     """Turns an update into bytes and back.
 
-    Subclasses set `name`, `version` and `Options`, and write `_encode` and `_decode`, which deal
-    in payloads only: the packet around them is made and checked here, once for all.
+    Subclasses set `name`, `version`, `Options` and what a reader wants to know (`kind`: control,
+    element-wise, structured or learned; `rates`, in bits a parameter; `summary`; `paper`), and
+    write `_encode` and `_decode`, which deal in payloads only: the packet around them is made and
+    checked here, once for all.
+
+    A codec that gains from ``context.previous`` sets `uses_previous` and must do without it too:
+    a client that is new, or was away, has none. The two ends agree by a flag in the packet, so
+    that in `_encode` and `_decode` it is there for both or for neither.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    lossless: ClassVar[bool] = False
+    # not a ClassVar: some codecs' options decide
+    lossless: bool = False
+    uses_previous: ClassVar[bool] = False
+    kind: ClassVar[str]
+    rates: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     Options: ClassVar[type[CodecOptions]] = CodecOptions
@@ -129,6 +141,8 @@ class Codec(ABC):
                 f"{self.name}: the update holds NaN or infinity; lower the learning rate or set "
                 "training.max_grad_norm"
             )
+        if not self.uses_previous:
+            context = replace(context, previous=None)
         payload = self._encode(update, context)
         if max(len(payload), context.spec.size) > MAX_UINT32:
             raise CodecError(
@@ -143,6 +157,7 @@ class Codec(ABC):
             round=context.round,
             parameters=context.spec.size,
             payload=payload,
+            uses_previous=context.previous is not None,
         ).to_bytes()
 
     def decode(self, blob: bytes, context: CodecContext) -> AdapterUpdate:
@@ -156,8 +171,9 @@ class Codec(ABC):
         Raises
         ------
         PacketError
-            If the bytes are damaged, of another codec, spec, state or round, or decode to
-            something that is not an update. Nothing else is raised, nothing else happens.
+            If the bytes are damaged, of another codec, spec, state or round, coded against a
+            previous aggregate that is not there, or decode to something that is not an update.
+            Nothing else is raised, nothing else happens.
         """
         packet = Packet.from_bytes(blob)
         packet.check(
@@ -168,6 +184,7 @@ class Codec(ABC):
             round=context.round,
             parameters=context.spec.size,
         )
+        context = self._as_coded(packet, context)
         size = self.payload_size(context.spec)
         if size is not None and len(packet.payload) != size:
             raise PacketError(
@@ -191,12 +208,40 @@ class Codec(ABC):
         payload = self.payload_size(spec)
         return None if payload is None else HEADER_SIZE + payload
 
+    def expected_size(self, spec: AdapterSpec) -> int | None:
+        """Bytes to expect of a packet for this adapter, for plans.
+
+        Exact where `packet_size` is; else what the codec's options ask for, if they have a `bpp`
+        (bits per parameter); else None.
+        """
+        exact = self.packet_size(spec)
+        bpp: float | None = getattr(self.options, "bpp", None)
+        if exact is not None or bpp is None:
+            return exact
+        return math.ceil(bpp * spec.size / 8)
+
     def payload_size(self, spec: AdapterSpec) -> int | None:
         """Length of every payload for this adapter in bytes, where the spec alone decides it.
 
         Codecs that give a number are never handed a payload of another length to decode.
         """
         return None
+
+    def _as_coded(self, packet: Packet, context: CodecContext) -> CodecContext:
+        """The context the packet was coded in: with the previous aggregate or without."""
+        if not packet.uses_previous:
+            return replace(context, previous=None)
+        if not self.uses_previous:
+            raise PacketError(
+                f"{self.name}: the packet says it is coded against the previous aggregate, "
+                "which this codec does not use"
+            )
+        if context.previous is None:
+            raise PacketError(
+                f"{self.name}: the packet is coded against the previous aggregate, "
+                "which is not held here"
+            )
+        return context
 
     @abstractmethod
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:

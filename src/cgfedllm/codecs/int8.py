@@ -4,17 +4,17 @@
 
     payload = scales float32[rows of all factors] | values int8[parameters]
 
-A row is the long axis: row i of an A factor (r, in), column i of a B factor (out, r). Each holds
-one direction of the adapter and has its own magnitude (cf. LLM.int8, arXiv 2208.07339, which
-scales by row and column). Other arrays have their first axis as rows, vectors are one row.
+A row is the long axis of a factor (`rows.py`); cf. LLM.int8, arXiv 2208.07339, which scales by
+row and column.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Factor, Float32Array
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
+from cgfedllm.codecs.rows import count_rows, from_rows, row_count, to_rows
 
 _LEVELS = np.float32(127)
 # 2^-126, the smallest normal float32: below it a scale would lose its own precision, and machines
@@ -33,6 +33,8 @@ class Int8(Codec):
     """
 
     name = "int8"
+    kind = "control"
+    rates = "8 bits"
     summary = "8-bit integers with one float32 scale a row: a little over 8 bits a parameter"
 
     def payload_size(self, spec: AdapterSpec) -> int:
@@ -44,7 +46,7 @@ class Int8(Codec):
         values = np.empty(context.spec.size, np.int8)
         views = update.views()
         for factor in context.spec:
-            rows = _rows(views[factor.name], factor)
+            rows = to_rows(views[factor.name], factor)
             scale = (np.abs(rows).max(axis=1) / _LEVELS).clip(_SMALLEST_SCALE, _LARGEST_SCALE)
             quantised = np.rint(rows / scale[:, None]).clip(-_LEVELS, _LEVELS).astype(np.int8)
             values[context.spec.slices[factor.name]] = quantised.reshape(-1)
@@ -60,27 +62,8 @@ class Int8(Codec):
         with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses non-finite values
             for factor in context.spec:
                 where = context.spec.slices[factor.name]
-                n_rows = _row_count(factor)
+                n_rows = row_count(factor)
                 rows = values[where].reshape(n_rows, -1) * scales[start : start + n_rows, None]
                 start += n_rows
-                vector[where] = (rows.T if _by_column(factor) else rows).reshape(-1)
+                vector[where] = from_rows(rows, factor)
         return vector
-
-
-def count_rows(spec: AdapterSpec) -> int:
-    """Number of scales an update of this spec needs."""
-    return sum(_row_count(factor) for factor in spec)
-
-
-def _by_column(factor: Factor) -> bool:
-    return factor.kind == "B" and len(factor.shape) == 2
-
-
-def _row_count(factor: Factor) -> int:
-    if len(factor.shape) < 2:
-        return 1
-    return factor.shape[1] if _by_column(factor) else factor.shape[0]
-
-
-def _rows(array: Float32Array, factor: Factor) -> Float32Array:
-    return (array.T if _by_column(factor) else array).reshape(_row_count(factor), -1)

@@ -5,11 +5,12 @@
     offset size field                offset size field
     0      4    magic "CGFP"         28     8    state hash
     4      1    format version (1)   36     4    round
-    5      1    flags (0)            40     4    number of parameters
+    5      1    flags                40     4    number of parameters
     6      2    codec version        44     4    payload length
     8      12   codec name, NUL pad  48     4    CRC-32 of bytes 0..47 and the payload
     20     8    spec hash            52     ...  payload
 
+Flag bit 0: coded against the previous aggregate. All others are 0.
 All integers little endian, unsigned. No field is ever used as a size to allocate: the payload
 length must equal what is there, the parameter count must equal what the receiver's spec says.
 """
@@ -28,6 +29,7 @@ HEADER_SIZE = 52
 NAME_SIZE = 12
 MAX_UINT32 = 2**32 - 1
 NO_STATE = bytes(8)
+USES_PREVIOUS = 1
 
 _FIELDS = struct.Struct("<4sBBH12s8s8sIII")
 _CRC = struct.Struct("<I")
@@ -49,6 +51,8 @@ class Packet:
         Number of values in the update, a check against the spec.
     payload : bytes
         The codec's own bytes.
+    uses_previous : bool
+        Coded against the previous aggregate; who does not hold that cannot decode it.
     """
 
     codec: str
@@ -58,13 +62,14 @@ class Packet:
     round: int
     parameters: int
     payload: bytes
+    uses_previous: bool = False
 
     def to_bytes(self) -> bytes:
         """Serialise; the result is ``52 + len(payload)`` bytes long."""
         head = _FIELDS.pack(
             MAGIC,
             FORMAT_VERSION,
-            0,
+            USES_PREVIOUS if self.uses_previous else 0,
             self.codec_version,
             self.codec.encode("ascii"),
             self.spec_hash,
@@ -99,8 +104,8 @@ class Packet:
                 f"packet format version {version} is not known here (this is {FORMAT_VERSION}); "
                 "run the same cgfedllm release on server and clients"
             )
-        if flags != 0:
-            raise PacketError(f"packet flags {flags:#04x} are not known here; expected 0")
+        if flags & ~USES_PREVIOUS:
+            raise PacketError(f"packet flags {flags:#04x} are not known here; expected 0 or 1")
         if length != len(payload):
             raise PacketError(
                 f"packet payload is {len(payload)} bytes, its header says {length}: "
@@ -113,7 +118,8 @@ class Packet:
             codec = name.rstrip(b"\0").decode("ascii")
         except UnicodeDecodeError:
             raise PacketError(f"packet codec name {name!r} is not ASCII") from None
-        return cls(codec, codec_version, spec, state, round_, parameters, payload)
+        uses_previous = bool(flags & USES_PREVIOUS)
+        return cls(codec, codec_version, spec, state, round_, parameters, payload, uses_previous)
 
     def check(
         self,

@@ -14,6 +14,8 @@ class Raw(Codec):
 
     name = "raw"
     lossless = True
+    kind = "control"
+    rates = "32 bits"
     summary = "float32 as is: 32 bits a parameter, exact"
 
     def payload_size(self, spec: AdapterSpec) -> int:

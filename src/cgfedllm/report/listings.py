@@ -35,14 +35,17 @@ def two_columns_plain(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def codec_list() -> Table:
-    """One row a registered codec: name, summary, paper."""
+    """One row a registered codec: name, kind, rates, summary, paper."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("codec", style="bold", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("rate")
     table.add_column("what it does")
     table.add_column("paper", overflow="fold")
     for name in codec_names():
         codec = codec_class(name)
-        table.add_row(name, Text(codec.summary), Text(codec.paper))
+        texts = (codec.kind, codec.rates, codec.summary, codec.paper)
+        table.add_row(name, *map(Text, texts))
     return table
 
 
@@ -55,7 +58,12 @@ def codec_details(name: str) -> RenderableType:
         If no codec has that name.
     """
     codec = codec_class(name)
-    facts = [("codec", f"{name}, version {codec.version}"), ("what it does", codec.summary)]
+    facts = [
+        ("codec", f"{name}, version {codec.version}"),
+        ("kind", codec.kind),
+        ("rate", f"{codec.rates} a parameter"),
+        ("what it does", codec.summary),
+    ]
     if codec.paper:
         facts.append(("paper", codec.paper))
     facts.append(("lossless", "yes" if codec.lossless else "no"))

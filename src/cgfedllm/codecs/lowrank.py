@@ -1,0 +1,354 @@
+r"""`lowrank`: rank-one pieces of every factor, the best ones of the whole update.
+
+::
+
+    factor X (r x n) --eigenvectors of X X^T--> U --quantised, orthonormalised--> U^
+    Y = U^^T X : row k is piece k --a mode a piece, one Lagrangian for all--> Y^ --> X^ = U^ Y^
+
+PowerSGD (Vogels et al., arXiv 1905.13727) finds its factors by one warm-started power iteration,
+since its matrices are large both ways. Here one side is the LoRA rank, so the singular vectors are
+exact, from the r x r Gram matrix, and there is nothing to warm-start. PowerSGD sends them in full
+precision; here
+
+- the short vectors are sent with a few levels an entry and made orthonormal again on both ends,
+  so that pieces are independent and all r of them are complete: no rate is out of reach;
+- a long vector is sent in one of the modes: 1/8 to 1/2 bit an entry by a convolutional code
+  (`trellis.py`), its signs, or dead-zone quantised with one step for all such pieces;
+- which pieces are sent, and how, minimises ``squared error + lambda * bits`` over the update.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from cgfedllm.adapter import AdapterUpdate, Float32Array
+from cgfedllm.codecs import pieces, trellis
+from cgfedllm.codecs.base import Codec, CodecContext, register
+from cgfedllm.codecs.deadzone import (
+    Histogram,
+    read_levels,
+    write_levels,
+)
+from cgfedllm.codecs.entropy import Float64Array, SymbolReader, SymbolWriter
+from cgfedllm.codecs.fitting import finest_within
+from cgfedllm.codecs.matrices import Batch, batches
+from cgfedllm.codecs.piece_choice import (
+    CODES,
+    MODES,
+    SCALAR,
+    Choice,
+    Stack,
+    choose,
+    depth_of,
+    project,
+)
+from cgfedllm.codecs.pieces import IntArray
+from cgfedllm.codecs.rate import RateOptions, payload_bits
+from cgfedllm.errors import CodecError, PacketError
+
+_EXPONENT_BITS = 9
+_EXPONENT_OFFSET = 160  # float32 magnitudes are 2^-149 to 2^128
+# classes of scalar-quantised pieces by their scale, three quarters of an octave each
+_CLASSES = 6
+_CLASS_WIDTH = 3
+_STEP_BITS = 32
+# lowest scale, their span, and bits lost to whole bytes
+_RANGE_BITS = 26
+# expected bits of an entry of a short vector, until some are written, and of a piece's scale
+_SHORT_BITS = 2.0
+_SCALE_BITS = 3.2
+_TRIES = 5
+# of an entry of a long vector, with the finest step
+_MOST_BITS = 16.0
+
+
+class LowrankOptions(RateOptions):
+    """Rate, and how many pieces a factor may have."""
+
+    max_pieces: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most rank-one pieces of one factor; as many as its rank if not set.",
+    )
+
+
+@register
+class Lowrank(Codec):
+    """Rank-one pieces, chosen over all factors by energy per bit."""
+
+    name = "lowrank"
+    kind = "structured"
+    rates = "0.01 to 16 bits"
+    summary = "rank-one pieces of each factor, coarse vectors, chosen by energy per bit"
+    paper = "PowerSGD, Vogels et al., arXiv 1905.13727"
+    Options = LowrankOptions
+
+    options: LowrankOptions
+
+    def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
+        budget = payload_bits(context.spec, self.options.bpp)
+        groups = batches(context.spec)
+        self._check_rate(groups, context)
+        largest = float(np.abs(update.vector).max())
+        if not largest or budget < 8:
+            return b""
+        exponent = int(np.frexp(largest)[1])
+        vector = np.ldexp(update.vector, -exponent)
+        stacks = [Stack.of(group, vector, self.options.max_pieces) for group in groups]
+        del vector
+        return _write(stacks, exponent, budget)
+
+    def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
+        vector = np.zeros(context.spec.size, np.float32)
+        if not payload:
+            return vector
+        groups = batches(context.spec)
+        shapes = [
+            (len(group.bands), depth_of(group, self.options.max_pieces), group.rows, group.columns)
+            for group in groups
+        ]
+        for group, matrices in zip(groups, _read(payload, shapes), strict=True):
+            group.scatter(matrices, vector)
+        return vector
+
+    def _check_rate(self, groups: list[Batch], context: CodecContext) -> None:
+        sent = sum(len(g.bands) * g.columns * depth_of(g, self.options.max_pieces) for g in groups)
+        most = _MOST_BITS * sent / context.spec.size
+        if self.options.bpp > most and context.spec.size > 10_000:
+            raise CodecError(
+                f"{self.name}: {self.options.bpp:g} bits per parameter are more than it can use; "
+                f"the nearest is {most:.3g}"
+            )
+
+
+# ---- encoder --------------------------------------------------------------------------------
+
+
+def _write(stacks: list[Stack], exponent: int, budget: float) -> bytes:
+    modes, levels = _settle(stacks, budget - _EXPONENT_BITS - _RANGE_BITS)
+    if not any(own.any() for own in modes):
+        return b""
+    writer = SymbolWriter()
+    writer.bits(exponent + _EXPONENT_OFFSET, _EXPONENT_BITS)
+    pieces.write_modes(writer, modes, MODES)
+    _write_short(writer, modes, levels)
+
+    rows = [_long_vectors(*own) for own in zip(stacks, modes, levels, strict=True)]
+    flat = [own[own > 0] for own in modes]
+    magnitudes = [np.sqrt(np.square(own).mean(axis=1, dtype=np.float64)) for own in rows]
+    words: list[NDArray[np.uint8]] = []
+    for own, mode, magnitude in zip(rows, flat, magnitudes, strict=True):
+        for which, k in enumerate(CODES, 1):
+            at = np.flatnonzero(mode == which)
+            if at.size:
+                bits = trellis.encode(own[at], k)
+                word = trellis.decode(bits, k, own.shape[1])
+                magnitude[at] = (own[at] * word).mean(axis=1, dtype=np.float64)
+                words.append(bits)
+    codes = pieces.scale_codes(np.concatenate(magnitudes))
+    pieces.write_scales(writer, codes)
+    for bits in words:
+        trellis.write_bits(writer, bits)
+    _write_scalar(writer, rows, flat, codes, budget)
+    return writer.finish()
+
+
+def _settle(stacks: list[Stack], budget: float) -> tuple[list[IntArray], list[IntArray]]:
+    """Modes and short vectors that fill a budget.
+
+    What goes beside the long vectors is known only once it is written, so modes are chosen again
+    until it costs what was expected of it.
+    """
+    short_bits, target, predicted = _SHORT_BITS, budget, 0.0
+    for _ in range(_TRIES):
+        choice = choose(stacks, target, short_bits)
+        levels = _short_vectors(stacks, choice)
+        entries = sum(own.size for own in levels if own.shape[1] > 1)
+        scratch = SymbolWriter()
+        _write_short(scratch, choice.modes, levels)
+        if entries:
+            short_bits = max(scratch.spent / entries, 0.5)
+        pieces.write_modes(scratch, choice.modes, MODES)
+        count = sum(len(own) for own in levels)
+        predicted = scratch.spent + _SCALE_BITS * count + choice.long_bits
+        if choice.has(SCALAR) or 0.99 * budget <= predicted <= budget:
+            return choice.modes, levels
+        target = budget - predicted + choice.bits
+    if predicted < 0.99 * budget or predicted > 1.01 * budget:
+        # too few pieces to spend it in steps of one: the last one gets the rest, whatever it is
+        _promote(stacks, choice)
+        levels = _short_vectors(stacks, choice)
+    return choice.modes, levels
+
+
+def _promote(stacks: list[Stack], choice: Choice) -> None:
+    """Make the piece with the finest code a scalar-quantised one; without any, the strongest."""
+    best = max(
+        (
+            (modes.flat[at], stack.energies.flat[at], which, at)
+            for which, (stack, modes) in enumerate(zip(stacks, choice.modes, strict=True))
+            for at in [np.lexsort((stack.energies.reshape(-1), modes.reshape(-1)))[-1]]
+        ),
+    )
+    choice.modes[best[2]].flat[best[3]] = SCALAR
+
+
+def _short_vectors(stacks: list[Stack], choice: Choice) -> list[IntArray]:
+    """Short vectors of all pieces in levels, shape (pieces, rows) a stack."""
+    out = []
+    for stack, modes, steps in zip(stacks, choice.modes, choice.steps, strict=True):
+        directions, step = stack.directions[modes > 0], steps[modes > 0]
+        levels = np.rint(directions / step[:, None]).astype(np.int64)
+        assert np.abs(levels).max(initial=0) <= pieces.MOST_LEVEL
+        each, peak = np.arange(len(levels)), np.abs(directions).argmax(axis=1)
+        empty = levels[each, peak] == 0
+        levels[each[empty], peak[empty]] = 1
+        first = levels[each, (levels != 0).argmax(axis=1)]
+        out.append(levels * np.sign(first)[:, None])
+    return out
+
+
+def _write_short(writer: SymbolWriter, modes: list[IntArray], levels: list[IntArray]) -> None:
+    """Short vectors of coded pieces, then those of scalar-quantised ones, which are finer."""
+    scalar = [own[own > 0] == SCALAR for own in modes]
+    pieces.write_levels(writer, [own[~at] for own, at in zip(levels, scalar, strict=True)])
+    pieces.write_levels(writer, [own[at] for own, at in zip(levels, scalar, strict=True)])
+
+
+def _long_vectors(stack: Stack, modes: IntArray, levels: IntArray) -> Float32Array:
+    """Coordinates of the matrices in the basis that the decoder will have, (pieces, columns)."""
+    basis = _basis(modes, levels)
+    rows = np.empty((len(levels), stack.matrices.shape[2]), np.float32)
+    start = np.cumsum(np.count_nonzero(modes, axis=1)) - np.count_nonzero(modes, axis=1)
+    for depth in range(modes.shape[1]):
+        at = np.flatnonzero(modes[:, depth])
+        if at.size:
+            matrices = stack.matrices if at.size == len(modes) else stack.matrices[at]
+            rows[start[at] + depth] = project(matrices, basis[at, depth])
+    return rows
+
+
+def _write_scalar(
+    writer: SymbolWriter,
+    rows: list[Float32Array],
+    modes: list[IntArray],
+    codes: IntArray,
+    budget: float,
+) -> None:
+    """All scalar-quantised pieces with what is left of the budget; a step of 0 if that is none."""
+    members = [
+        np.concatenate([own[at].reshape(-1) for own, at in zip(rows, which, strict=True)])
+        for which in _classes(modes, codes)
+    ]
+    if not members:
+        return
+    histogram = Histogram(members)
+    quantiser = finest_within(histogram, budget - writer.spent - _STEP_BITS)
+    writer.float32(quantiser.step if quantiser else 0.0)
+    if quantiser:
+        for values in members:
+            write_levels(writer, values, quantiser.levels(values), quantiser.step)
+
+
+# ---- decoder --------------------------------------------------------------------------------
+
+
+def _read(payload: bytes, shapes: list[tuple[int, int, int, int]]) -> list[Float32Array]:
+    """Matrices of each stack; a stack's shape is (count, depth, rows, columns)."""
+    reader = SymbolReader(payload)
+    exponent = int(reader.bits(_EXPONENT_BITS, 1)[0]) - _EXPONENT_OFFSET
+    modes = pieces.read_modes(reader, [shape[:2] for shape in shapes], MODES)
+    flat = [own[own > 0] for own in modes]
+    levels = _read_short(reader, flat, [shape[2] for shape in shapes])
+    codes = pieces.read_scales(reader, sum(len(own) for own in flat))
+    magnitudes = np.split(pieces.scales(codes), np.cumsum([len(own) for own in flat])[:-1])
+    rows = [np.zeros((len(m), shape[3]), np.float32) for m, shape in zip(flat, shapes, strict=True)]
+    for own, mode, magnitude in zip(rows, flat, magnitudes, strict=True):
+        for which, k in enumerate(CODES, 1):
+            at = np.flatnonzero(mode == which)
+            if at.size:
+                bits = trellis.read_bits(reader, at.size, -(-own.shape[1] // k))
+                own[at] = trellis.decode(bits, k, own.shape[1]) * magnitude[at, None]
+    _read_scalar(reader, rows, flat, codes)
+    reader.finish()
+    return [
+        _expand(*own, exponent=exponent) for own in zip(modes, levels, rows, shapes, strict=True)
+    ]
+
+
+def _read_short(reader: SymbolReader, modes: list[IntArray], rows: list[int]) -> list[IntArray]:
+    levels = [np.empty((len(m), r), np.int64) for m, r in zip(modes, rows, strict=True)]
+    for scalar in (False, True):
+        at = [(own == SCALAR) == scalar for own in modes]
+        shapes = [(int(np.count_nonzero(a)), r) for a, r in zip(at, rows, strict=True)]
+        for own, a, read in zip(levels, at, pieces.read_levels(reader, shapes), strict=True):
+            own[a] = read
+    return levels
+
+
+def _read_scalar(
+    reader: SymbolReader, rows: list[Float32Array], modes: list[IntArray], codes: IntArray
+) -> None:
+    classes = _classes(modes, codes)
+    if not classes:
+        return
+    step = reader.float32(1)[0]
+    if not 0 <= step <= 2.0**32:  # NaN, too, is not
+        raise PacketError(f"lowrank: the step is {step}, not a number from 0 to 2^32")
+    if not step:
+        return
+    for which in classes:
+        sizes = [np.count_nonzero(at) * own.shape[1] for own, at in zip(rows, which, strict=True)]
+        values = read_levels(reader, int(sum(sizes)), step)
+        parts = np.split(values, np.cumsum(sizes)[:-1])
+        for own, at, part in zip(rows, which, parts, strict=True):
+            own[at] = part.reshape(-1, own.shape[1])
+
+
+def _expand(
+    modes: IntArray,
+    levels: IntArray,
+    rows: Float32Array,
+    shape: tuple[int, int, int, int],
+    exponent: int,
+) -> Float32Array:
+    """Sum of outer products, strongest first, element by element."""
+    count, _, height, width = shape
+    out = np.zeros((count, height, width), np.float32)
+    basis = _basis(modes, levels).astype(np.float32)
+    start = np.cumsum(np.count_nonzero(modes, axis=1)) - np.count_nonzero(modes, axis=1)
+    for depth in range(modes.shape[1]):
+        at = np.flatnonzero(modes[:, depth])
+        if not at.size:
+            break
+        row = rows[start[at] + depth]
+        for entry in range(height):
+            out[at, entry] += row * basis[at, depth, entry, None]
+    if exponent > 64:  # the largest values may round to more than a float32 holds
+        most = np.ldexp(np.finfo(np.float32).max, -exponent)
+        np.clip(out, -most, most, out=out)
+    with np.errstate(over="ignore"):  # the caller refuses what is not finite
+        return np.ldexp(out, exponent, out=out)
+
+
+# ---- both -----------------------------------------------------------------------------------
+
+
+def _basis(modes: IntArray, levels: IntArray) -> Float64Array:
+    """Orthonormal short vectors in their places, shape (count, depth, rows)."""
+    placed = np.zeros((*modes.shape, levels.shape[1]), np.int64)
+    placed[modes > 0] = levels
+    return pieces.orthonormal(placed)
+
+
+def _classes(modes: list[IntArray], codes: IntArray) -> list[list[NDArray[np.bool_]]]:
+    """Scalar-quantised pieces by class of scale: for each class that occurs, masks a stack."""
+    scalar = np.concatenate(modes) == SCALAR
+    if not scalar.any():
+        return []
+    classes = (codes - codes[scalar].min()) // _CLASS_WIDTH
+    classes = np.where(scalar, np.minimum(classes, _CLASSES - 1), -1)
+    ends = np.cumsum([len(own) for own in modes])[:-1]
+    return [np.split(classes == which, ends) for which in np.unique(classes[scalar])]

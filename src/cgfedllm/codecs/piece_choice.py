@@ -1,0 +1,170 @@
+r"""Which rank-one pieces are sent, and in which mode: one Lagrangian for the whole update.
+
+::
+
+    for each piece and mode:  worth = energy kept - lambda * bits;   the best mode, if worth > 0
+    lambda by bisection, so that all of it fills a budget
+
+Modes 1 to 6 are the codes of `trellis.py` at 1/8 to 1 bit an entry, mode 7 is a dead-zone
+quantiser; what they would keep comes from a model of two numbers a piece, its energy and how
+sign-like its entries are, so nothing is coded to choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cgfedllm.adapter import Float32Array
+from cgfedllm.codecs.entropy import Float64Array
+from cgfedllm.codecs.matrices import MAX_ROWS, Batch
+from cgfedllm.codecs.pieces import MOST_LEVEL, IntArray
+from cgfedllm.codecs.rate import largest_within
+
+CODES = (8, 6, 4, 3, 2, 1)
+"""Entries a bit of modes 1, 2, ...; mode 0 is no piece."""
+SCALAR = len(CODES) + 1
+"""Mode of pieces that are dead-zone quantised."""
+MODES = SCALAR + 1
+"""Number of modes."""
+
+# share of a piece's energy that a code keeps, for entries with a mean magnitude of 0.798 (Gaussian)
+# and 0.866 (uniform) of their root mean square; measured, and only used to choose
+_GAUSSIAN = np.array([0.140, 0.183, 0.265, 0.340, 0.464, 0.637])
+_UNIFORM = np.array([0.143, 0.189, 0.278, 0.362, 0.515, 0.750])
+# a dead-zone quantiser is worth it from about this many bits an entry
+_SCALAR_FROM = 1.1
+# bits of a piece beside its vectors: scale and mode
+_SCALE_AND_MODE_BITS = 4.5
+# steps of short vectors: measured factor on the theory's, and limits
+_SHORT_FACTOR = 1.4
+_FINEST = 1 / MOST_LEVEL
+_COARSEST = 0.4
+# energy that a strong row may leak into the weakest one, as a share of the weakest one's, times 12
+_LEAK = 12 * 0.05
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape with their singular directions.
+
+    Parameters
+    ----------
+    matrices : ndarray, shape (count, rows, columns)
+    directions : ndarray, shape (count, depth, rows)
+        Left singular vectors, strongest first.
+    energies : ndarray, shape (count, depth)
+        Squared singular values.
+    lean : ndarray, shape (count, depth)
+        What a piece's entries are like: 0 Gaussian, 1 uniform, more for two-valued ones.
+    """
+
+    matrices: Float32Array
+    directions: Float64Array
+    energies: Float64Array
+    lean: Float64Array
+
+    @classmethod
+    def of(cls, batch: Batch, vector: Float32Array, max_pieces: int | None) -> Stack:
+        """Take the matrices of one shape out of an update and find their directions."""
+        matrices = batch.gather(vector)
+        depth = depth_of(batch, max_pieces)
+        # einsum, not a matrix product: its sums have one order however many threads there are
+        gram = np.einsum("fin,fjn->fij", matrices, matrices).astype(np.float64)
+        energies, vectors = np.linalg.eigh(gram)
+        energies = np.maximum(energies[:, ::-1][:, :depth], 0.0)
+        directions = np.ascontiguousarray(vectors[:, :, ::-1][:, :, :depth].transpose(0, 2, 1))
+        lean = np.empty_like(energies)
+        for piece in range(depth):
+            row = project(matrices, directions[:, piece])
+            mean = np.abs(row).mean(axis=1, dtype=np.float64)
+            squared = mean**2 * batch.columns / np.maximum(energies[:, piece], 1e-300)
+            lean[:, piece] = (squared - _GAUSSIAN[-1]) / (_UNIFORM[-1] - _GAUSSIAN[-1])
+        return cls(matrices, directions, energies, np.clip(lean, -1.0, 2.0))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Modes of the pieces of each stack, and the steps their short vectors are rounded with."""
+
+    modes: list[IntArray]
+    steps: list[Float64Array]
+    bits: float
+    long_bits: float
+
+    def has(self, mode: int) -> bool:
+        """Whether any piece is sent in this mode."""
+        return any((own == mode).any() for own in self.modes)
+
+
+def choose(stacks: list[Stack], budget: float, short_bits: float) -> Choice:
+    """The modes with the least ``squared error + lambda * bits`` within a budget."""
+    options = [_Options(stack, short_bits) for stack in stacks]
+
+    def plan(quality: float) -> tuple[float, Choice]:
+        chosen = [own.at(total * 2.0 ** (-60 * quality)) for own in options]
+        bits, beside = sum(own[2] for own in chosen), sum(own[3] for own in chosen)
+        choice = Choice([c[0] for c in chosen], [c[1] for c in chosen], bits, bits - beside)
+        return bits, choice
+
+    total = sum(float(stack.energies.sum()) for stack in stacks)
+    return largest_within(budget, plan, 0.0, 1.0, steps=30)
+
+
+class _Options:
+    """What each mode of each piece of a stack would keep, and cost."""
+
+    def __init__(self, stack: Stack, short_bits: float) -> None:
+        _, rows, self._columns = stack.matrices.shape
+        self._energies = stack.energies
+        self._beside = _SCALE_AND_MODE_BITS + (short_bits * rows if rows > 1 else 0)
+        lean = stack.lean[:, :, None]
+        self._keeps = np.clip(_GAUSSIAN + lean * (_UNIFORM - _GAUSSIAN), 0.0, 0.999)
+        self._gains = stack.energies[:, :, None] * self._keeps
+        self._costs = self._beside + self._columns / np.array(CODES)
+        # entries spread evenly have less entropy than Gaussian ones of the same variance
+        self._above = 0.25 * (1 - np.clip(stack.lean, 0.0, 1.5))
+        self._complete = stack.energies.shape[1] == rows
+        self._coarsest = min(_COARSEST, 1 / np.sqrt(rows))
+
+    def at(self, slope: float) -> tuple[IntArray, Float64Array, float, float]:
+        """Modes, steps of short vectors and bits where one bit must gain `slope`."""
+        noise = slope / (2 * np.log(2))  # squared error an entry, at high rate
+        ratio = np.maximum(self._energies, 1e-300) / (self._columns * noise)
+        rate = 0.5 * np.log2(ratio) + self._above
+        scalar_cost = self._beside + self._columns * np.maximum(rate, _SCALAR_FROM)
+        scalar_gain = self._energies - self._columns * noise
+        scalar_gain[rate < _SCALAR_FROM] = -np.inf
+        gains = np.concatenate([self._gains, scalar_gain[:, :, None]], axis=2)
+        costs = np.broadcast_to(self._costs, self._gains.shape)
+        costs = np.concatenate([costs, scalar_cost[:, :, None]], axis=2)
+        worth = gains - slope * costs
+        best = worth.argmax(axis=2)[:, :, None]
+        modes = np.where(np.take_along_axis(worth, best, 2) > 0, best + 1, 0)[:, :, 0]
+        modes *= np.minimum.accumulate(modes > 0, axis=1)
+        cost = np.take_along_axis(costs, best, 2)[:, :, 0]
+        kept = np.concatenate([self._keeps, (1 - 1 / np.maximum(ratio, 2))[:, :, None]], axis=2)
+        kept = np.take_along_axis(kept, best, 2)[:, :, 0]
+        # an entry of the short vector and one of the long may cost as much energy a bit
+        steps = _SHORT_FACTOR * np.sqrt(12 * (1 - kept) / (kept * self._columns))
+        sent = modes > 0
+        # where all rows of a matrix are sent, a tilted basis loses nothing; it only leaks energy
+        # from strong rows into the weakest, which should stay small against that one's own
+        if self._complete:
+            weakest = self._energies[:, -1:] / np.maximum(self._energies, 1e-300)
+            coarse = np.maximum(steps, np.sqrt(_LEAK * weakest))
+            steps = np.where(np.all(sent, axis=1, keepdims=True), coarse, steps)
+        beside = self._beside * float(np.count_nonzero(sent))
+        return modes, np.clip(steps, _FINEST, self._coarsest), float(cost[sent].sum()), beside
+
+
+def depth_of(batch: Batch, max_pieces: int | None) -> int:
+    """Most pieces of a matrix of this shape."""
+    return min(batch.rows, max_pieces or MAX_ROWS)
+
+
+def project(matrices: Float32Array, directions: Float64Array) -> Float32Array:
+    """Inner product of each matrix's columns with its direction, shape (count, columns)."""
+    rows = np.einsum("fi,fin->fn", directions.astype(np.float32), matrices)
+    return np.asarray(rows)

@@ -1,0 +1,270 @@
+r"""`sketch`: a random projection that all clients share, so that packets can be added up.
+
+::
+
+    x (N) --signs, Hadamard in blocks of 4096, m rows kept--> S x --round--> integers y
+    x^ = S^T y : zeros in the missing rows, Hadamard back, signs
+
+FetchSGD (Rothchild et al., arXiv 2007.07682) sends count sketches because the server can add them
+before it decodes. Linearity is what matters here too, for secure aggregation: the sum of packets
+decodes to the sum of what they decode to. The rows of S are orthonormal (a subsampled randomised
+Hadamard transform; Ailon and Chazelle, STOC 2006), so S^T S is a projection on m of N dimensions;
+it is the best linear decoder for an update with no preferred direction, with no factor to scale
+it by. What it misses, (N - m) / N of the energy, is in other directions every round: with error
+feedback all of it arrives.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
+from cgfedllm.codecs.base import Codec, CodecContext, register
+from cgfedllm.codecs.hadamard import LENGTH, padded_shape, random_signs, transform
+from cgfedllm.codecs.packet import Packet
+from cgfedllm.codecs.rate import RateOptions, payload_bits
+from cgfedllm.errors import CodecError, PacketError
+from cgfedllm.seeding import generator
+
+IntArray = NDArray[np.int64]
+
+# exponent of the scale, bits a number
+_HEAD = struct.Struct("<hB")
+_MOST_WIDTH = 32
+_SMALLEST_EXPONENT, _LARGEST_EXPONENT = -200, 160
+# a rotated value is a sum of 4096; 1/64 makes the transform orthonormal
+_ROOT = 64
+# numbers packed at a time; a multiple of 8, so that each part is whole bytes
+_TILE = 1 << 16
+# scales tried below the one at which nothing is clipped
+_SCALES_TRIED = 4
+
+
+class SketchOptions(RateOptions):
+    """Size of the sketch and of its numbers."""
+
+    bpp: float = Field(
+        default=0.1,
+        gt=0,
+        le=16,
+        allow_inf_nan=False,
+        description="Bits per parameter of the whole packet, header included; with `bits` it "
+        "decides how many directions are sent.",
+    )
+    bits: int = Field(
+        default=8,
+        ge=2,
+        le=16,
+        description="Bits of each number of the sketch. Fewer "
+        "leave room for more directions: 2 lose the least at a given rate.",
+    )
+    scale_exponent: int | None = Field(
+        default=None,
+        ge=_SMALLEST_EXPONENT,
+        le=_LARGEST_EXPONENT,
+        description="Fixed step of the numbers, as a power of two. Packets of one fixed step add "
+        "up as plain integers, as secure aggregation needs; chosen for each update if not set.",
+    )
+
+
+@register
+class Sketch(Codec):
+    """Subsampled randomised Hadamard transform; linear."""
+
+    name = "sketch"
+    kind = "structured"
+    rates = "0.001 bits up to the option `bits`"
+    summary = "a shared random projection, linear: packets can be added before they are decoded"
+    paper = "FetchSGD, Rothchild et al., arXiv 2007.07682"
+    Options = SketchOptions
+
+    options: SketchOptions
+
+    def add(self, packets: Sequence[bytes], context: CodecContext) -> bytes:
+        """Sum packets of one round without decoding them.
+
+        Parameters
+        ----------
+        packets : sequence of bytes
+            At least one, all coded in `context`; sums of packets are welcome too.
+        context : CodecContext
+            As for `decode`.
+
+        Returns
+        -------
+        bytes
+            A packet that decodes to the sum of what the packets decode to, up to the rounding of
+            float32. Its numbers are wider where the sum needs it.
+
+        Raises
+        ------
+        PacketError
+            If one of them is not a packet of this codec, adapter and round.
+        CodecError
+            If there are none, or their scales are so far apart that the sum needs more than 32
+            bits a number.
+        """
+        if not packets:
+            raise CodecError("sketch: there are no packets to add")
+        count = self.numbers(context.spec)
+        read = []
+        for blob in packets:
+            packet = Packet.from_bytes(blob)
+            packet.check(
+                codec=self.name,
+                codec_version=self.version,
+                spec_hash=context.spec.hash,
+                state_hash=context.state.hash,
+                round=context.round,
+                parameters=context.spec.size,
+            )
+            read.append((packet, *_read(packet.payload, count)))
+        # an all-zero sketch has no scale of its own
+        used = [(levels, exponent) for _, levels, exponent in read if levels.any()]
+        if not used:
+            return packets[0]
+        lowest = min(exponent for _, exponent in used)
+        reach = sum(
+            int(np.abs(levels).max()) << min(exponent - lowest, 64) for levels, exponent in used
+        )
+        if reach >= 1 << (_MOST_WIDTH - 1):
+            raise CodecError(
+                "sketch: the packets' scales are too far apart to add them in 32 bits; "
+                "set scale_exponent to the same number on all clients"
+            )
+        total = np.zeros(count, np.int64)
+        for levels, exponent in used:
+            total += levels << (exponent - lowest)
+        width = max(self.options.bits, int(np.abs(total).max()).bit_length() + 1)
+        payload = _HEAD.pack(lowest, width) + b"".join(_pack(total, width))
+        return replace(read[0][0], payload=payload).to_bytes()
+
+    def numbers(self, spec: AdapterSpec) -> int:
+        """How many numbers a packet for this adapter holds."""
+        most = LENGTH * padded_shape(spec.size)[1]
+        wanted = (payload_bits(spec, self.options.bpp) - 8 * _HEAD.size) / self.options.bits
+        return max(0, min(int(wanted), most))
+
+    def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
+        spec = context.spec
+        count = self.numbers(spec)
+        reached = 8 * (_HEAD.size) + count * self.options.bits
+        if reached < 0.98 * payload_bits(spec, self.options.bpp) and spec.size > 10_000:
+            raise CodecError(
+                f"{self.name}: {self.options.bpp:g} bits per parameter are more than "
+                f"{self.options.bits}-bit numbers can use; the nearest is {reached / spec.size:.3g}"
+            )
+        largest = float(np.abs(update.vector).max())
+        if not count:
+            return b""
+        exponent = int(np.frexp(largest)[1])
+        signs, rows = _map(context)
+        values = np.zeros(padded_shape(spec.size), np.float32)
+        flat = values.reshape(-1)[: spec.size]
+        np.ldexp(update.vector, -exponent, out=flat)
+        flat *= signs
+        transform(values)
+        numbers = values[rows[: -(-count // values.shape[1])]].reshape(-1)[:count]
+        del values, flat, signs
+        numbers /= np.float32(_ROOT)
+        levels, step = self._round(numbers, exponent)
+        return _HEAD.pack(step, self.options.bits) + b"".join(_pack(levels, self.options.bits))
+
+    def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
+        spec = context.spec
+        count = self.numbers(spec)
+        levels, exponent = _read(payload, count)
+        if not count or not levels.any():
+            return np.zeros(spec.size, np.float32)
+        signs, rows = _map(context)
+        values = np.zeros(padded_shape(spec.size), np.float32)
+        kept = -(-count // values.shape[1])
+        sent = np.zeros((kept, values.shape[1]), np.float32)
+        sent.reshape(-1)[:count] = levels
+        values[rows[:kept]] = sent
+        transform(values)
+        vector = values.reshape(-1)[: spec.size]
+        vector *= signs
+        vector /= np.float32(_ROOT)
+        if exponent > 0:  # the largest values may round to more than a float32 holds
+            most = np.ldexp(np.finfo(np.float32).max, -exponent)
+            np.clip(vector, -most, most, out=vector)
+        return np.asarray(np.ldexp(vector, exponent, out=vector))
+
+    def _round(self, numbers: Float32Array, exponent: int) -> tuple[IntArray, int]:
+        """Levels, and the exponent of their step, for numbers scaled by 2^-exponent."""
+        top = (1 << (self.options.bits - 1)) - 1
+        if self.options.scale_exponent is not None:
+            chosen = self.options.scale_exponent
+            scaled = np.ldexp(numbers.astype(np.float64), exponent - chosen)
+            return np.clip(np.rint(scaled), -top, top).astype(np.int64), chosen
+        largest = float(np.abs(numbers).max())
+        if not largest:
+            return np.zeros(numbers.size, np.int64), 0
+        # the coarsest step clips nothing; a finer one may be worth a few clipped numbers
+        coarsest = int(np.ceil(np.log2(largest / top)))
+        best: tuple[float, int] | None = None
+        for step in range(coarsest, coarsest - _SCALES_TRIED, -1):
+            scaled = np.ldexp(numbers, -step)
+            error = float(np.square(scaled - np.clip(np.rint(scaled), -top, top)).mean())
+            error *= 4.0 ** (step - coarsest)
+            if best is None or error < best[0]:
+                best = error, step
+        assert best is not None
+        step = best[1]
+        step = max(step, _SMALLEST_EXPONENT - exponent)
+        levels = np.clip(np.rint(np.ldexp(numbers, -step)), -top, top).astype(np.int64)
+        return levels, step + exponent
+
+
+def _map(context: CodecContext) -> tuple[Float32Array, IntArray]:
+    """Signs of all parameters and the order in which rows are kept: this round's map."""
+    rng = generator(context.seed, "sketch", context.round)
+    signs = random_signs(rng, context.spec.size)
+    keys = np.frombuffer(rng.bytes(8 * LENGTH), "<u8")
+    return signs, np.argsort(keys, kind="stable")
+
+
+def _pack(levels: IntArray, width: int) -> Iterator[bytes]:
+    """Numbers plus half of their range, `width` bits each, lowest bit first."""
+    for start in range(0, levels.size, _TILE):
+        raised = (levels[start : start + _TILE] + (1 << (width - 1))).astype("<u4")
+        bits = np.unpackbits(raised.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+        yield np.packbits(bits[:, :width].reshape(-1), bitorder="little").tobytes()
+
+
+def _read(payload: bytes, count: int) -> tuple[IntArray, int]:
+    """Levels and exponent of a payload."""
+    if not count:
+        if payload:
+            raise PacketError(f"sketch: payload is {len(payload)} bytes, this rate needs none")
+        return np.zeros(0, np.int64), 0
+    if len(payload) < _HEAD.size:
+        raise PacketError(f"sketch: payload is {len(payload)} bytes, its head is {_HEAD.size}")
+    exponent, width = _HEAD.unpack_from(payload)
+    if not 2 <= width <= _MOST_WIDTH:
+        raise PacketError(f"sketch: numbers of {width} bits; 2 to {_MOST_WIDTH} are known")
+    if not _SMALLEST_EXPONENT <= exponent <= _LARGEST_EXPONENT:
+        raise PacketError(f"sketch: scale exponent {exponent} is out of range")
+    expected = _HEAD.size + -(-count * width // 8)
+    if len(payload) != expected:
+        raise PacketError(f"sketch: payload is {len(payload)} bytes, this rate needs {expected}")
+    packed = np.frombuffer(payload, np.uint8, offset=_HEAD.size)
+    levels = np.empty(count, np.int64)
+    for start in range(0, count, _TILE):
+        size = min(_TILE, count - start)
+        first = start * width // 8
+        part = packed[first : first + -(-size * width // 8)]
+        bits = np.zeros((size, 32), np.uint8)
+        bits[:, :width] = np.unpackbits(part, count=size * width, bitorder="little").reshape(
+            size, width
+        )
+        raised = np.packbits(bits, axis=1, bitorder="little").view("<u4").reshape(-1)
+        levels[start : start + size] = raised.astype(np.int64) - (1 << (width - 1))
+    return levels, exponent

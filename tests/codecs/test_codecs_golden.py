@@ -1,0 +1,159 @@
+"""The same update gives the same packet, and that the same values: on every machine, to the bit.
+
+Each codec's golden file is two lines of hexadecimal digits, a packet and the float32 values it
+decodes to. It is written once, when the format is settled, and never overwritten::
+
+    python tests/codecs/test_codecs_golden.py NAME
+
+If a format is changed on purpose: raise the codec's version, delete the file, write it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import Codec, CodecContext, codec_names, make_codec
+
+GOLDEN = Path(__file__).parent / "golden"
+# enough for what has rate control to send something of the larger adapter
+GOLDEN_BPP = 2.0
+
+LAYER = "base_model.model.model.layers.0.self_attn"
+
+
+def lora_spec(rank: int, width: int, out: int, last: int) -> AdapterSpec:
+    return AdapterSpec.from_shapes(
+        {
+            f"{LAYER}.q_proj.lora_A.weight": (rank, width),
+            f"{LAYER}.q_proj.lora_B.weight": (out, rank),
+            f"{LAYER}.v_proj.lora_A.weight": (rank, width),
+            f"{LAYER}.v_proj.lora_B.weight": (last, rank),
+        }
+    )
+
+
+# the worked example of docs/wire-format.md, for codecs whose packets have one size
+SMALL = lora_spec(2, 5, 4, 3)
+LARGE = lora_spec(8, 24, 24, 16)
+
+
+def small_update() -> AdapterUpdate:
+    """Element i is ((37 i) mod 101 - 50) / 64; the last row of the last A factor is zero."""
+    index = np.arange(SMALL.size)
+    vector = ((37 * index) % 101 - 50).astype(np.float32) / np.float32(64)
+    update = AdapterUpdate(SMALL, vector)
+    update.views()[f"{LAYER}.v_proj.lora_A.weight"][1] = 0
+    return update
+
+
+def large_update(spec: AdapterSpec = LARGE, salt: int = 0) -> AdapterUpdate:
+    """A rank-one pattern and some noise in each factor, all of integers over a power of two."""
+    update = AdapterUpdate.zeros(spec)
+    index = np.arange(spec.size) + salt
+    noise = (37 * index) % 101 - 50
+    for at, (factor, view) in enumerate(zip(spec, update.views().values(), strict=True)):
+        row, column = np.indices(factor.shape)
+        pattern = ((5 * row + at) % 7 - 3) * ((11 * column + at) % 13 - 6)
+        own = noise[spec.slices[factor.name]].reshape(factor.shape)
+        view[...] = (16 * pattern + own).astype(np.float32) / np.float32(2**16)
+    return update
+
+
+def golden_codec(name: str) -> Codec:
+    codec = make_codec(name)
+    return make_codec(name, {"bpp": GOLDEN_BPP}) if hasattr(codec.options, "bpp") else codec
+
+
+def golden_case(codec: Codec) -> tuple[AdapterUpdate, CodecContext]:
+    rated = hasattr(codec.options, "bpp")
+    update = large_update() if rated or codec.payload_size(SMALL) is None else small_update()
+    previous = (update.vector / np.float32(2))[::-1].copy()
+    return update, CodecContext(update.spec, round=7, seed=5, previous=previous)
+
+
+def golden_lines(name: str) -> tuple[bytes, bytes]:
+    packet, decoded = (GOLDEN / f"{name}.hex").read_text().split()
+    return bytes.fromhex(packet), bytes.fromhex(decoded)
+
+
+@pytest.mark.parametrize("name", codec_names())
+def test_golden_packet(name: str) -> None:
+    codec = golden_codec(name)
+    assert codec.encode(*golden_case(codec)) == golden_lines(name)[0], (
+        "the wire format changed: old and new releases cannot talk to each other. "
+        "If that is meant, raise the codec's version and remake the golden packet"
+    )
+
+
+@pytest.mark.parametrize("name", codec_names())
+def test_golden_packet_decodes_to_the_same_bits(name: str) -> None:
+    codec = golden_codec(name)
+    update, context = golden_case(codec)
+    packet, wanted = golden_lines(name)
+    decoded = codec.decode(packet, context).vector
+    assert decoded.astype("<f4").tobytes() == wanted
+    assert decoded.any(), "says nothing about decoding: nothing was sent"
+    assert (AdapterUpdate(update.spec, decoded).norm()) < 2 * update.norm()
+
+
+def test_no_golden_packet_is_left_over() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.hex")} == set(codec_names())
+
+
+# ---- other processes, other numbers of threads --------------------------------------------------
+
+
+def middle_size_hashes() -> dict[str, str]:
+    """Of every codec's packet and values, for an update large enough to be worth threads."""
+    spec = lora_spec(8, 4096, 4096, 1024)
+    update = large_update(spec)
+    context = CodecContext(spec, round=7, seed=5, previous=large_update(spec, salt=9).vector)
+    hashes = {}
+    for name in codec_names():
+        codec = make_codec(name)
+        packet = codec.encode(update, context)
+        decoded = codec.decode(packet, context).vector.astype("<f4").tobytes()
+        hashes[name] = " ".join(hashlib.sha256(part).hexdigest() for part in (packet, decoded))
+    return hashes
+
+
+def test_threads_and_processes_make_no_difference() -> None:
+    seen = []
+    for threads in ("1", "2"):
+        limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        child = subprocess.run(
+            [sys.executable, __file__, "--hashes"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, **dict.fromkeys(limits, threads)},
+        )
+        seen.append(json.loads(child.stdout))
+    assert seen[0] == seen[1] == middle_size_hashes()
+
+
+def write_golden(name: str) -> None:
+    codec = golden_codec(name)
+    update, context = golden_case(codec)
+    packet = codec.encode(update, context)
+    decoded = codec.decode(packet, context).vector.astype("<f4").tobytes()
+    with (GOLDEN / f"{name}.hex").open("x") as file:  # never overwrites
+        file.write(f"{packet.hex()}\n{decoded.hex()}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--hashes"]:
+        print(json.dumps(middle_size_hashes()))
+    else:
+        for wanted in sys.argv[1:]:
+            write_golden(wanted)
