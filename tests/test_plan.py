@@ -11,7 +11,7 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.architectures import architecture
-from cgfedllm.codecs import CodecContext, make_codec
+from cgfedllm.codecs import CodecContext, CodecOptions, make_codec
 from cgfedllm.config import load_config
 from cgfedllm.errors import ConfigError, ModelError
 from cgfedllm.federation.downlink import Broadcaster
@@ -249,3 +249,53 @@ def test_seven_billion_parameters_take_no_memory() -> None:
 
 def test_unknown_architectures_are_none() -> None:
     assert architecture("nobody/nothing") is None
+
+
+# ---- what goes around the rounds ----------------------------------------------------------------
+
+
+def test_stateless_clients_are_sent_the_whole_adapter_each_time(tiny: str) -> None:
+    settings = ("federation.rounds=5", "federation.fraction_train=0.1", "evaluation.every=0")
+    for codec in ("raw", "int8"):
+        result = plan(
+            tiny, *settings, f"downlink.name={codec}", "federation.stateless=true", clients=40
+        )
+        down = result.downlink
+        # 4 train in each of 5 rounds; all evaluate at the start and at the end
+        assert down.packets + down.whole_packets == 5 * 4 + 2 * 40
+        assert down.total == (5 * 4 + 2 * 40) * down.whole_packet
+    assert plan(tiny, "uplink.name=int8", "federation.stateless=true").memory.residual == 0
+
+
+def test_a_flush_is_charged_for_all_who_took_part(tiny: str) -> None:
+    settings = (tiny, "uplink.name=int8", "downlink.name=int8", "federation.rounds=3")
+    without = plan(*settings, clients=4)
+    flushed = plan(*settings, "uplink.flush=bf16", clients=4)
+    packet = make_codec("bf16").packet_size(
+        AdapterSpec.from_shapes({"x": (flushed.model.trained,)})
+    )
+    assert (flushed.uplink.flush_packet, flushed.uplink.flush_packets) == (packet, 4)
+    assert flushed.uplink.total == without.uplink.total + 4 * packet
+    assert flushed.uplink.total_fp32 == without.uplink.total_fp32 * 4 // 3
+    assert flushed.uplink.seconds == without.uplink.seconds
+    # evaluated once more, after it
+    assert flushed.downlink.packets == without.downlink.packets + 4
+    assert "4 residuals" in dict(flushed.rows())["uplink total"]
+    few = plan(*settings, "uplink.flush=bf16", "federation.fraction_train=0.01", clients=100)
+    assert 1 <= few.uplink.flush_packets <= 3
+
+
+def test_a_codec_with_a_bit_budget_is_planned_by_it(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Options(CodecOptions):
+        bpp: float = 0.5
+
+    int8 = type(make_codec("int8"))
+    monkeypatch.setattr(int8, "payload_size", lambda self, spec: None)
+    monkeypatch.setattr(int8, "Options", Options)
+    result = plan(tiny, "uplink.name=int8", "uplink.options.bpp=0.25", clients=3)
+    assert result.uplink.packet == -(-result.model.trained // 32)
+    assert not result.uplink.exact
+    assert result.uplink.total == 30 * result.uplink.packet
+    assert f"about {result.uplink.packet:,} bytes" in dict(result.rows())["uplink packet"]

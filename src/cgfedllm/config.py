@@ -35,6 +35,8 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 
 EMBEDDED_MODEL = "embedded"
 DEMO_DATA = "demo"
+WITHOUT_FLUSH: dict[str, Any] = {"uplink.flush": "", "uplink.flush_options": {}}
+"""Overrides for a run without the round after the last."""
 _PATH_KEYS = ("data.source", "data.heldout_source", "model.id")
 
 
@@ -163,6 +165,9 @@ class DataConfig(Section):
     """Longest sequence in tokens; longer ones are cut, counted and reported."""
     max_rows: Positive | None = None
     """Use at most this many rows a client, drawn at random."""
+    seed: NonNegative | None = None
+    """Seed of the partition and the splits alone; None: the run's seed. Set it to train several
+    seeds on one and the same split."""
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     """Which client gets which rows."""
     splits: SplitConfig = Field(default_factory=SplitConfig)
@@ -270,6 +275,9 @@ class FederationConfig(Section):
     averaged exactly and factored back to rank r by SVD."""
     timeout: PositiveFloat = 3600.0
     """Seconds to wait for the replies of one round."""
+    stateless: bool = False
+    """Clients keep nothing between rounds, as where they come once or are many. The whole adapter
+    goes down with every message; a lossy downlink codec and error feedback are without effect."""
 
     def sampled(self, clients: int) -> int:
         """How many of the clients train in a round: the fraction, at least `min_clients`."""
@@ -296,25 +304,35 @@ class CodecConfig(Section):
     @field_validator("name")
     @classmethod
     def _registered(cls, name: str) -> str:
-        from cgfedllm.codecs import codec_class
-
-        try:
-            codec_class(name)
-        except CodecError as error:
-            raise ValueError(str(error)) from None
-        return name
+        return _known_codec(name)
 
     @field_validator("options")
     @classmethod
     def _taken_by_the_codec(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        from cgfedllm.codecs import make_codec
+        # without a name the name is refused already
+        return _accepted(info.data["name"], options) if "name" in info.data else options
 
-        try:
-            if "name" in info.data:  # otherwise the name is refused already
-                make_codec(info.data["name"], options)
-        except CodecError as error:
-            raise ValueError(str(error)) from None
-        return options
+
+def _known_codec(name: str) -> str:
+    """The name of a codec, if there is one of that name."""
+    from cgfedllm.codecs import codec_class
+
+    try:
+        codec_class(name)
+    except CodecError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def _accepted(codec: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a codec, if it takes them."""
+    from cgfedllm.codecs import make_codec
+
+    try:
+        make_codec(codec, options)
+    except CodecError as error:
+        raise ValueError(str(error)) from None
+    return options
 
 
 class UplinkConfig(CodecConfig):
@@ -322,9 +340,30 @@ class UplinkConfig(CodecConfig):
 
     error_feedback: bool = True
     """Keep what the codec lost and add it to the next update (Seide et al. 2014; Karimireddy
-    et al., arXiv 1901.09847). No effect on lossless codecs."""
+    et al., arXiv 1901.09847). No effect on lossless codecs, nor with federation.stateless."""
     error_feedback_decay: Fraction = 1.0
     """The residual is multiplied by this before it is added."""
+    flush: str = ""
+    """Codec of one more round after the last, e.g. "int8", in which nobody trains and all connected
+    clients send the residual they hold, times the decay; "": none. Weights are those of updates."""
+    flush_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """The flush codec's own options."""
+
+    @field_validator("flush")
+    @classmethod
+    def _flush_registered(cls, name: str) -> str:
+        return _known_codec(name) if name else name
+
+    @field_validator("flush_options")
+    @classmethod
+    def _taken_by_the_flush_codec(
+        cls, options: dict[str, Any], info: ValidationInfo
+    ) -> dict[str, Any]:
+        if info.data.get("flush"):
+            return _accepted(info.data["flush"], options)
+        if options and "flush" in info.data:
+            raise ValueError("uplink.flush names no codec that these could be for")
+        return options
 
 
 class EvaluationConfig(Section):
@@ -332,6 +371,8 @@ class EvaluationConfig(Section):
 
     every: NonNegative = 1
     """Evaluate after every so many rounds (and at the start and the end); 0: start and end only."""
+    heldout: bool = True
+    """Evaluate on the global held-out set (the server does it)."""
     clients: bool = True
     """Also evaluate on every client's own validation rows (the clients do it, on their side)."""
     batch_size: Positive = 8
@@ -375,7 +416,39 @@ class Config(Section):
                 "lora.freeze_a makes the average of B exact already; "
                 "use federation.aggregation = 'factors' with it"
             )
+        if self.federation.stateless and self.training.keep_optimizer:
+            raise ValueError(
+                "federation.stateless clients keep nothing, so no optimiser state either; "
+                "set training.keep_optimizer = false"
+            )
+        if self.uplink.flush and not (self.keeps_residual and self.uplink.error_feedback_decay):
+            raise ValueError(
+                f"uplink.flush = {self.uplink.flush!r} sends what error feedback holds, and here "
+                f"it holds nothing: {self._why_no_residual()}. Remove uplink.flush"
+            )
         return self
+
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether clients keep what the uplink codec lost, and the codec loses anything."""
+        from cgfedllm.codecs import codec_class
+
+        lossless = codec_class(self.uplink.name).lossless
+        return self.uplink.error_feedback and not lossless and not self.federation.stateless
+
+    @property
+    def last_round(self) -> int:
+        """The last round there is a record of: a flush is one more."""
+        return self.federation.rounds + bool(self.uplink.flush)
+
+    def _why_no_residual(self) -> str:
+        if self.federation.stateless:
+            return "federation.stateless clients keep nothing"
+        if not self.uplink.error_feedback:
+            return "uplink.error_feedback is off"
+        if not self.uplink.error_feedback_decay:
+            return "uplink.error_feedback_decay is 0"
+        return f"the uplink codec {self.uplink.name!r} loses nothing"
 
     @property
     def run_dir(self) -> Path:
@@ -398,6 +471,18 @@ class Config(Section):
         for key, value in overrides.items():
             _set(tree, key, value)
         return parse_config(tree)
+
+
+def other_uplink(codec: str) -> dict[str, Any]:
+    """Overrides for another uplink codec with its default options.
+
+    A flush goes with them where the codec loses nothing that could be flushed.
+    """
+    from cgfedllm.codecs import codec_class, codec_names
+
+    changes: dict[str, Any] = {"uplink.name": codec, "uplink.options": {}}
+    lossless = codec in codec_names() and codec_class(codec).lossless
+    return changes | (WITHOUT_FLUSH if lossless else {})
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -435,7 +520,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         key = key.strip()
         if not separator or not key:
             raise ConfigError(f"--set wants key=value, got {item!r}")
-        _set(tree, key, _parse_value(text.strip()))
+        _set(tree, key, parse_value(text.strip()))
         if key in _PATH_KEYS:
             _resolve_path(tree, key, Path.cwd())
     return parse_config(tree)
@@ -491,7 +576,8 @@ def _is_there(folder: Path, path: Path) -> bool:
         return False
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """A value as people type it: TOML, or a plain string where it is none."""
     try:
         tree = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -43,6 +43,8 @@ class RoundRecord:
     round: int
     clients: list[ClientRecord] = field(default_factory=list)
     failures: list[FailureRecord] = field(default_factory=list)
+    flush: bool = False
+    """Whether clients sent what error feedback still held, and did not train."""
     attempts: int = 1
     """How often the round was tried; above 1 after too few usable replies."""
     uplink_bytes: int = 0

@@ -6,7 +6,8 @@
     AdapterSpec + codec --> bytes of a packet --> x clients x rounds --> traffic, time
     shapes + dtype + batch --> memory
 
-Packet sizes are exact for codecs whose size depends on the adapter alone. Memory is an estimate;
+Packet sizes are exact for codecs whose size depends on the adapter alone, and what the options
+ask for where those hold a number of bits per parameter. Memory is an estimate;
 its assumptions are in `MemoryPlan`.
 """
 
@@ -15,13 +16,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import make_codec
 from cgfedllm.codecs.packet import HEADER_SIZE
-from cgfedllm.config import CodecConfig, Config, ModelConfig
+from cgfedllm.config import CodecConfig, Config, ModelConfig, UplinkConfig
 from cgfedllm.errors import ConfigError
 from cgfedllm.report.units import human_bytes
 
@@ -82,6 +83,8 @@ class DirectionPlan:
     codec: str
     packet: int | None
     """Bytes of one packet, header included."""
+    exact: bool
+    """Whether each packet has that size; otherwise it is what the codec's options ask for."""
     packets: int
     """Packets in the whole run, all clients together."""
     whole_packet: int
@@ -93,6 +96,10 @@ class DirectionPlan:
     """What the same packets weigh as bare float32."""
     seconds: float | None
     """Time one client's link needs for one packet, on average."""
+    flush_packet: int | None = None
+    """Bytes of a residual in the flush after the last round (up only)."""
+    flush_packets: int = 0
+    """Clients that have taken part by then, and so hold one."""
 
     @property
     def ratio(self) -> float | None:
@@ -124,9 +131,9 @@ class MemoryPlan:
     activations: int
     logits: int
     server: int
-    """Global adapter, what clients hold of it, a float64 sum, the strategy's state, one packet and
-    one decoded update; strategies that need every reply at once hold one a sampled client. No base
-    model."""
+    """Global adapter, what clients hold of it (and its last change, for codecs that use it), a
+    float64 sum, the strategy's state, one packet and one decoded update; strategies that need every
+    reply at once hold one a sampled client. No base model."""
 
     @property
     def client(self) -> int:
@@ -239,8 +246,9 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
     model_config = find_model_config(config.model)
     model, spec, full = _measure(config, model_config)
     rounds = config.federation.rounds
-    increments, whole = _broadcasts(config, total, sampled)
+    increments, whole, took_part = _broadcasts(config, total, sampled)
     uplink = _direction(config.uplink, spec, rounds * sampled, 0, link.up_mbit)
+    uplink = _with_flush(uplink, config.uplink, spec, took_part)
     downlink = _direction(config.downlink, spec, increments, whole, link.down_mbit)
     memory = _memory(config, model_config, model, spec, full, sampled)
     return Plan(
@@ -297,22 +305,25 @@ def _measure(
     return model, spec, full
 
 
-def _broadcasts(config: Config, clients: int, sampled: int) -> tuple[int, int]:
+def _broadcasts(config: Config, clients: int, sampled: int) -> tuple[int, int, int]:
     """Count (increments, whole adapters) sent down, as `federation.downlink` sends them.
 
-    Played through with clients drawn at random: exact where all take part or all evaluate after
-    every round, an estimate elsewhere.
+    And the clients that train at least once. Played through with clients drawn at random: exact
+    where all take part or all evaluate after every round, an estimate elsewhere.
     """
     rng = random.Random(config.seed)
     held: dict[int, int] = {}
+    took_part: set[int] = set()
     increments = whole = 0
     rounds, every = config.federation.rounds, config.evaluation.every
+    stateless = config.federation.stateless
 
     def send(version: int, receivers: Iterable[int]) -> None:
         nonlocal increments, whole
         for client in receivers:
             before = held.get(client)
-            held[client] = version
+            if not stateless:
+                held[client] = version
             if before == version:
                 continue  # is current, nothing is sent
             if before is not None and before == version - 1:
@@ -320,33 +331,57 @@ def _broadcasts(config: Config, clients: int, sampled: int) -> tuple[int, int]:
             else:
                 whole += 1
 
-    for version in range(rounds + 1):
-        ends = version in (0, rounds)
+    for version in range(config.last_round + 1):
+        ends = version in (0, rounds, config.last_round)
         if config.evaluation.clients and (ends or (every and version % every == 0)):
             send(version, range(clients))
         if version < rounds:
-            send(version, rng.sample(range(clients), sampled))
-    return increments, whole
+            drawn = rng.sample(range(clients), sampled)
+            took_part.update(drawn)
+            send(version, drawn)
+    return increments, whole, len(took_part)
 
 
 def _direction(
-    coding: CodecConfig, spec: AdapterSpec, packets: int, whole: int, mbit: float
+    coding: CodecConfig,
+    spec: AdapterSpec,
+    packets: int,
+    whole: int,
+    mbit: float,
 ) -> DirectionPlan:
     codec = make_codec(coding.name, coding.options)
     if codec.lossless:  # codes the whole adapter every time
         packets, whole = packets + whole, 0
-    size, raw = codec.packet_size(spec), HEADER_SIZE + 4 * spec.size
+    size, raw = codec.expected_size(spec), HEADER_SIZE + 4 * spec.size
     total = None if size is None else size * packets + raw * whole
     count = packets + whole
     return DirectionPlan(
         codec=coding.name,
         packet=size,
+        exact=codec.packet_size(spec) is not None,
         packets=packets,
         whole_packet=raw,
         whole_packets=whole,
         total=total,
         total_fp32=4 * spec.size * count,
         seconds=None if total is None else 8 * total / count / (mbit * 1e6),
+    )
+
+
+def _with_flush(
+    uplink: DirectionPlan, config: UplinkConfig, spec: AdapterSpec, residuals: int
+) -> DirectionPlan:
+    """Add the flush to an uplink's totals; the time of an ordinary round stays what it is."""
+    if not config.flush:
+        return uplink
+    size = make_codec(config.flush, config.flush_options).expected_size(spec)
+    known = uplink.total is not None and size is not None
+    return replace(
+        uplink,
+        flush_packet=size,
+        flush_packets=residuals,
+        total=uplink.total + size * residuals if known else None,  # type: ignore[operator]
+        total_fp32=uplink.total_fp32 + 4 * spec.size * residuals,
     )
 
 
@@ -368,9 +403,10 @@ def _memory(
     adamw = training.optimizer == "adamw"
     moments = 2 if adamw else int(training.momentum > 0)
     codec = make_codec(config.uplink.name, config.uplink.options)
-    keeps = config.uplink.error_feedback and not codec.lossless
+    downlink = make_codec(config.downlink.name, config.downlink.options)
+    known = not config.federation.stateless and (codec.uses_previous or downlink.uses_previous)
     tokens = (training.micro_batch_size or training.batch_size) * config.data.max_length
-    packet = codec.packet_size(spec)
+    packet = codec.expected_size(spec)
     strategy = config.federation.strategy.name
     streams = config.federation.aggregation == "factors" and strategy not in _NEED_EVERY_REPLY
     held = 1 if streams else sampled
@@ -381,11 +417,11 @@ def _memory(
         adapter=4 * full.size,
         gradients=4 * spec.size,
         optimizer=4 * spec.size * moments,
-        residual=4 * spec.size * keeps,
+        residual=4 * spec.size * config.keeps_residual,
         activations=_activations(config, model_config, tokens, int(width)),
         logits=3 * 4 * tokens * int(model_config.vocab_size),
         server=4 * full.size
-        + 4 * spec.size * (4 + state + held)
+        + 4 * spec.size * (4 + known + state + held)
         + (4 * spec.size if packet is None else packet),
     )
 
@@ -418,13 +454,16 @@ def _activations(config: Config, model: PretrainedConfig, tokens: int, width: in
 def _packet(direction: DirectionPlan) -> str:
     if direction.packet is None:
         return f"{direction.codec}: depends on the values"
-    return f"{direction.codec}: {direction.packet:,} bytes"
+    about = "" if direction.exact else "about "
+    return f"{direction.codec}: {about}{direction.packet:,} bytes"
 
 
 def _total(direction: DirectionPlan) -> str:
     packets = f"{direction.packets:,} packets"
     if direction.whole_packets:
         packets += f" and {direction.whole_packets:,} whole adapters"
+    if direction.flush_packets:
+        packets += f" and {direction.flush_packets:,} residuals"
     fp32 = f"{human_bytes(direction.total_fp32)} as float32"
     if direction.total is None or direction.ratio is None:
         return f"{packets}; {fp32}"

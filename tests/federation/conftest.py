@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 import cgfedllm
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import base
 from cgfedllm.config import Config
 from cgfedllm.federation.inprocess import InProcessGrid
 from cgfedllm.runs import RunFolder
@@ -31,6 +33,20 @@ def spec() -> AdapterSpec:
             f"{LAYER}.v_proj.lora_B.weight": (4, 2),
         }
     )
+
+
+@pytest.fixture
+def delta_codec(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name of a codec that uses the previous aggregate, registered for one test."""
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+        path = Path(__file__).with_name("previous_codec.py")
+        found = importlib.util.spec_from_file_location("previous_codec", path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        yield module.NAME
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,17 @@ EACH_IN_TURN = "killed at each point in turn"
 DAMAGED = "newest checkpoint damaged after a kill in round 3"
 AGAIN_AND_AGAIN = "killed again and again"
 
+# what the flush after them passes through
+FLUSH_POINTS: dict[str, Callable[[], Listener]] = {
+    "all asked for their residuals": at_event(events.RoundStarted, 4, 1),
+    "one residual sent": at_event(events.ClientFinished, 4, 1),
+    "all residuals in": at_event(events.EvaluationProgress, 4, 1, what="held-out"),
+    "checkpoint of the flush half written": in_the_middle_of_writing("round-000004"),
+    "checkpoint of the flush there, its line not": before_metrics_line(4),
+    "flushed, adapter not saved": before_call(server_app, "save_adapter"),
+}
+IN_THE_FLUSH = "killed in each round and at each point of the flush"
+
 
 # ---- processes ----------------------------------------------------------------------------------
 
@@ -250,6 +261,12 @@ def scenario(name: str, config: Config) -> dict[str, Any]:
             content = bytearray(newest.read_bytes())
             content[len(content) // 2] ^= 1
             newest.write_bytes(content)
+        case _ if name == IN_THE_FLUSH:
+            rounds = {name: POINTS[name] for name in list(POINTS)[:12]}
+            for point, arm in (rounds | FLUSH_POINTS).items():
+                assert killed(work, arm), f"never came to: {point}"
+                kills += 1
+                work = go_on
         case _:
             for point in POINTS if name == EACH_IN_TURN else [name]:
                 assert killed(work, POINTS[point]), f"never came to: {point}"
@@ -260,6 +277,8 @@ def scenario(name: str, config: Config) -> dict[str, Any]:
 
 
 def main(config_file: str, names: list[str]) -> None:
+    import previous_codec  # noqa: F401  # from beside this file; registers the codec
+
     base = load_config(config_file)
     cgfedllm.run(base.with_overrides({"name": "warm-up", "federation.rounds": 1}))
     workspace.workspace_for.cache_clear()

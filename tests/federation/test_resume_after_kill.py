@@ -114,6 +114,21 @@ def test_clients_that_are_away_for_rounds_are_resumed_too(
     assert_same(runs, KILL.AGAIN_AND_AGAIN, outcome)
 
 
+def test_the_previous_aggregate_and_the_flush_are_resumed_too(
+    run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any], delta_codec: str
+) -> None:
+    names = [KILL.IN_THE_FLUSH, KILL.DAMAGED]
+    runs = run_scenarios(
+        names, f"uplink.name={delta_codec}", f"downlink.name={delta_codec}", "uplink.flush=int8"
+    )
+    assert runs[KILL.IN_THE_FLUSH]["kills"] == 12 + len(KILL.FLUSH_POINTS)
+    for name in names:
+        assert_same(runs, name, outcome)
+    assert_no_temp_files(runs)
+    last = outcome(Path(runs["unbroken"]["run_dir"]))["rounds"][-1]
+    assert (last["round"], last["flush"]) == (4, True)
+
+
 @pytest.mark.slow
 def test_each_point_on_its_own(
     run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any]

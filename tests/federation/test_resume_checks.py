@@ -11,6 +11,7 @@ import pytest
 
 import cgfedllm
 from cgfedllm import events
+from cgfedllm.codecs import codec_class, codec_names
 from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError, FederationError
 from cgfedllm.federation.checkpoint import latest_checkpoint
@@ -79,6 +80,25 @@ def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(
     assert not result.interrupted
     assert [record.round for record in result.records] == [0, 1, 2, 3]
     assert outcome(result.run_dir) == unbroken
+
+
+@pytest.mark.parametrize("codec", codec_names())
+def test_every_codecs_residuals_are_kept_decayed_and_found_again(
+    tiny_config: MakeConfig, outcome: Outcome, codec: str
+) -> None:
+    settings = (
+        f"uplink.name={codec}",
+        "uplink.error_feedback_decay=0.5",
+        "federation.rounds=2",
+        "evaluation.clients=false",
+    )
+    config = tiny_config(*settings)
+    with pytest.raises(Stop):
+        cgfedllm.run(config, listeners=[stop_after(1)])
+    kept = list((config.run_dir / "clients" / "north").glob("memory-*"))
+    assert bool(kept) == (not codec_class(codec).lossless)
+    unbroken = cgfedllm.run(tiny_config(*settings, "name=unbroken"))
+    assert outcome(cgfedllm.resume(config.run_dir).run_dir) == outcome(unbroken.run_dir)
 
 
 def test_a_complete_run_is_returned_untouched(tiny_config: MakeConfig) -> None:

@@ -47,6 +47,8 @@ class Checkpoint:
         The server optimiser's moments.
     record : RoundRecord
         What was written down about the round.
+    previous : AdapterUpdate or None
+        The last change of the reference, where a codec uses it.
     """
 
     round: int
@@ -56,6 +58,7 @@ class Checkpoint:
     increment: bytes | None
     strategy: dict[str, NDArray[Any]]
     record: RoundRecord
+    previous: AdapterUpdate | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: Config) -> Path:
@@ -73,6 +76,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: Config) -> Pat
     }
     if checkpoint.increment is not None:
         tensors["increment"] = np.frombuffer(checkpoint.increment, np.uint8)
+    if checkpoint.previous is not None:
+        tensors["previous"] = checkpoint.previous.vector
     metadata = {
         "format": FORMAT,
         "round": str(checkpoint.round),
@@ -125,6 +130,7 @@ def load_checkpoint(path: Path, spec: AdapterSpec, config: Config) -> Checkpoint
                 if name.startswith(_STRATEGY)
             },
             record=RoundRecord.from_dict(json.loads(metadata["record"])),
+            previous=AdapterUpdate(spec, tensors["previous"]) if "previous" in tensors else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is incomplete: {error!r}; use an earlier one") from error

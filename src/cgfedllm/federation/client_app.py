@@ -4,6 +4,8 @@
 
     message --[compression mod]-- adapter --> train  --> adapter, metrics --[mod]-- packet --> reply
                 decode broadcast                            subtract, add residual, encode
+
+In the flush after the last round the mod answers alone: residual in, packet out, no training.
 """
 
 from __future__ import annotations
@@ -19,20 +21,25 @@ from flwr.clientapp import ClientApp
 
 from cgfedllm import __version__, events
 from cgfedllm.adapter import AdapterUpdate
-from cgfedllm.codecs import CodecContext
+from cgfedllm.codecs import CodecContext, make_codec
 from cgfedllm.codecs.feedback import encode_with_feedback
 from cgfedllm.data import ClientData
 from cgfedllm.errors import DataError, PacketError, ReferenceMissingError
 from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.federation.client_state import ClientState
-from cgfedllm.federation.downlink import Broadcast, receive
+from cgfedllm.federation.downlink import Broadcast, fingerprint, receive
 from cgfedllm.federation.messages import (
     ARRAYS,
+    CHECK,
     CONFIG,
+    FLUSH,
     KIND,
     METRICS,
+    NO_RESIDUAL,
     NUM_EXAMPLES,
+    PREVIOUS,
     REFERENCE_MISSING,
+    SERVER_ROUND,
     STATUS,
     VERSION,
     adapter_of,
@@ -79,7 +86,9 @@ def open_session(context: Context) -> ClientSession:
     data = workspace.client(int(partition))
     folder = context.node_config.get("state-dir")
     root = Path(str(folder)) if folder else workspace.run_dir / "clients"
-    return ClientSession(workspace, data, ClientState(root / data.name, workspace.spec))
+    changes = workspace.uplink.uses_previous or workspace.downlink.uses_previous
+    state = ClientState(root / data.name, workspace.spec, changes=changes)
+    return ClientSession(workspace, data, state)
 
 
 def compression(message: Message, context: Context, call_next: ClientFunction) -> Message:
@@ -90,6 +99,8 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     if message.metadata.message_type.split(".")[0] not in ("train", "evaluate"):
         return call_next(message, context)
     session = open_session(context)
+    if message.content.config_records.get(CONFIG, ConfigRecord()).get(FLUSH):
+        return Message(_flush(session, message.content), reply_to=message)
     began = time.perf_counter()
     try:
         adapter = _receive(session, message.content)
@@ -103,7 +114,7 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     if ARRAYS in reply.content.array_records:
         moments = context.state.array_records.pop(_MOMENTS, None)
         optimizer = None if moments is None else _arrays(moments)
-        _send(session, reply.content, adapter, _round(config), decode_seconds, optimizer)
+        _send(session, reply.content, adapter, config, decode_seconds, optimizer)
     return reply
 
 
@@ -200,39 +211,84 @@ def _receive(session: ClientSession, content: RecordDict) -> AdapterUpdate:
     blob = b"" if kind == "hold" else packet_of(content, limit=packet_limit(spec))
     base_version = {"full": None, "increment": version - 1, "hold": version}[kind]
     base = None if base_version is None else session.state.reference(base_version)
-    broadcast = Broadcast(kind, version, blob)  # type: ignore[arg-type]
-    adapter = receive(broadcast, workspace.downlink, spec, workspace.config.seed, base)
-    if kind != "hold":
+    builds_on_change = kind == "increment" and workspace.downlink.uses_previous
+    broadcast = Broadcast(kind, version, blob, config.get(CHECK))  # type: ignore[arg-type]
+    adapter = receive(
+        broadcast,
+        workspace.downlink,
+        spec,
+        workspace.config.seed,
+        base,
+        session.state.change(version - 1) if builds_on_change else None,
+    )
+    if kind != "hold" and not workspace.config.federation.stateless:
         session.state.save_reference(version, adapter)
     return adapter
+
+
+def _previous(session: ClientSession, config: ConfigRecord) -> AdapterUpdate | None:
+    """What the update may be coded against: the server's, if this client holds the very same."""
+    if PREVIOUS not in config:
+        return None
+    change = session.state.change(int(config[VERSION]))  # type: ignore[arg-type]
+    if change is None or fingerprint(change) != config[PREVIOUS]:
+        return None  # new here, or away for a while: the update is coded on its own
+    return change
+
+
+def _flush(session: ClientSession, content: RecordDict) -> RecordDict:
+    """Answer to a flush: what the last round this client took part in left unsent.
+
+    Nothing is written, so that a flush that is asked for again is answered again.
+    """
+    workspace, uplink = session.workspace, session.workspace.config.uplink
+    round_ = _round(content.config_records[CONFIG])
+    residual = session.state.residual(round_)
+    if residual is None:
+        return RecordDict({CONFIG: ConfigRecord({STATUS: NO_RESIDUAL})})
+    began = time.perf_counter()
+    # as it would have been added to the next update
+    unsent = residual.scaled(uplink.error_feedback_decay)
+    context = CodecContext(workspace.spec, round_, workspace.config.seed)
+    packet = make_codec(uplink.flush, uplink.flush_options).encode(unsent, context)
+    metrics = MetricRecord(
+        {
+            NUM_EXAMPLES: len(workspace.examples(session.data, "train")),
+            "update-norm": unsent.norm(),
+            "encode-seconds": time.perf_counter() - began,
+        }
+    )
+    events.publish(events.ClientFinished(session.data.name, round_, 0.0, len(packet)))
+    return RecordDict({ARRAYS: packet_record(packet), METRICS: metrics})
 
 
 def _send(
     session: ClientSession,
     content: RecordDict,
     start: AdapterUpdate,
-    round: int,
+    config: ConfigRecord,
     decode_seconds: float,
     optimizer: OptimizerState | None,
 ) -> None:
     """Replace the trained adapter in a reply by the packet of its change."""
     workspace, name = session.workspace, session.data.name
     spec, uplink = workspace.spec, workspace.config.uplink
-    trained = adapter_of(spec, content.array_records[ARRAYS])
+    trained, round_ = adapter_of(spec, content.array_records[ARRAYS]), _round(config)
     began = time.perf_counter()
-    feedback = uplink.error_feedback and not workspace.uplink.lossless
-    update = trained - start
+    feedback = workspace.config.keeps_residual
+    update, previous = trained - start, _previous(session, config)
+    known = None if previous is None else previous.vector
     encoded = encode_with_feedback(
         workspace.uplink,
         update,
-        CodecContext(spec, round, workspace.config.seed),
-        residual=session.state.residual(round) if feedback else None,
+        CodecContext(spec, round_, workspace.config.seed, previous=known),
+        residual=session.state.residual(round_) if feedback else None,
         decay=uplink.error_feedback_decay,
         enabled=feedback,
     )
     encode_seconds = time.perf_counter() - began
     # residual and moments go into one file: a round's memory is complete or absent
-    session.state.save_memory(round, residual=encoded.residual, optimizer=optimizer)
+    session.state.save_memory(round_, residual=encoded.residual, optimizer=optimizer)
     metrics = content.metric_records[METRICS]
     metrics["update-norm"] = update.norm()
     metrics["encode-seconds"] = encode_seconds
@@ -241,7 +297,7 @@ def _send(
     events.publish(
         events.ClientFinished(
             name,
-            round,
+            round_,
             float(metrics["train-loss"]),  # type: ignore[arg-type]
             len(encoded.packet),
         )
@@ -253,7 +309,7 @@ def _arrays(record: ArrayRecord) -> OptimizerState:
 
 
 def _round(config: ConfigRecord) -> int:
-    return int(config["server-round"])  # type: ignore[arg-type]
+    return int(config[SERVER_ROUND])  # type: ignore[arg-type]
 
 
 app = make_client_app()

@@ -7,7 +7,8 @@
 
 Files are kept by version and by round, the last three of each. A server that is killed goes on
 from one of its last two checkpoints and repeats the rounds after it; the client then finds the
-files from before those rounds and repeats them to the same result.
+files from before those rounds and repeats them to the same result. Where codecs use the last change
+of the global adapter, one more reference is kept, for what the oldest of the three changed.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ class ClientState:
         Belongs to this client and this run alone.
     spec : AdapterSpec
         The adapter everything is about.
+    changes : bool
+        Whether `change` will be asked for, which takes one more reference.
     """
 
-    def __init__(self, folder: Path, spec: AdapterSpec) -> None:
+    def __init__(self, folder: Path, spec: AdapterSpec, *, changes: bool = False) -> None:
         self._folder = folder
         self._spec = spec
+        self._keep = {"reference": _KEEP + changes, "memory": _KEEP}
 
     def reference(self, version: int) -> AdapterUpdate | None:
         """The global adapter of that version, if it was received and is intact.
@@ -60,6 +64,17 @@ class ClientState:
     def save_reference(self, version: int, adapter: AdapterUpdate) -> None:
         """Keep a received global adapter."""
         self._write("reference", version, {"values": adapter.vector})
+
+    def change(self, version: int) -> AdapterUpdate | None:
+        """What that version of the global adapter changed, if it and the one before are here.
+
+        Raises
+        ------
+        CheckpointError
+            As `reference`.
+        """
+        now, before = self.reference(version), self.reference(version - 1)
+        return None if now is None or before is None else now - before
 
     def residual(self, before_round: int) -> AdapterUpdate | None:
         """The residual left by the last round this client took part in before `before_round`.
@@ -131,7 +146,7 @@ class ClientState:
         files = self._files(kind)
         current = [path for found, path in files if found <= number]
         newer = [path for found, path in files if found > number]
-        for path in current[:-_KEEP] + newer:
+        for path in current[: -self._keep[kind]] + newer:
             path.unlink(missing_ok=True)
 
     def _files(self, kind: str) -> list[tuple[int, Path]]:

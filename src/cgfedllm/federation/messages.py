@@ -12,6 +12,7 @@ ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
+SERVER_ROUND = "server-round"
 
 ADAPTER = "adapter"
 PACKET = "packet"
@@ -19,8 +20,12 @@ PACKET_STYPE = "cgfedllm.packet"
 
 # one blob of a given size crosses TLS several times faster than the same bytes in pieces,
 # so a packet is one Array with a serialisation type of our own
-KIND, VERSION = "broadcast-kind", "broadcast-version"
-STATUS, REFERENCE_MISSING = "status", "reference-missing"
+KIND, VERSION, CHECK = "broadcast-kind", "broadcast-version", "broadcast-check"
+# fingerprint of the change that updates may be coded against
+PREVIOUS = "previous"
+# the client is to send its residual and not to train
+FLUSH = "flush"
+STATUS, REFERENCE_MISSING, NO_RESIDUAL = "status", "reference-missing", "no-residual"
 
 
 def packet_record(blob: bytes) -> ArrayRecord:

@@ -10,14 +10,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from cgfedllm import events
+from cgfedllm.codecs import Codec, make_codec
+from cgfedllm.config import FederationConfig
 from cgfedllm.errors import CgFedLlmError, FederationError
 from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.federation.accounting import Stopwatch, client_record, time_split
 from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from cgfedllm.federation.directory import POLL_SECONDS, Directory, NamedGrid, receive
 from cgfedllm.federation.downlink import Broadcaster
+from cgfedllm.federation.flush import FlushStrategy, flush_config
 from cgfedllm.federation.messages import (
     CONFIG,
+    NO_RESIDUAL,
     REFERENCE_MISSING,
     STATUS,
     adapter_of,
@@ -55,17 +59,14 @@ class Server:
         self._timeout = math.inf if self._complete else federation.timeout
         self._directory = Directory(grid, spec.hash.hex(), self._timeout)
         self._grid = NamedGrid(grid, self._directory)
-        self._broadcaster = Broadcaster(spec, workspace.downlink, self._config.seed)
-        self._strategy = CompressedStrategy(
-            make_strategy(federation, spec),
-            spec=spec,
-            uplink=workspace.uplink,
-            broadcaster=self._broadcaster,
-            seed=self._config.seed,
-            weighting=federation.weighting,
-            min_replies=federation.min_clients,
-            client_name=self._directory.name,
+        self._broadcaster = Broadcaster(
+            spec,
+            workspace.downlink,
+            self._config.seed,
+            keep_previous=workspace.uplink.uses_previous,
+            stateless=federation.stateless,
         )
+        self._strategy = self._coded(CompressedStrategy, federation, workspace.uplink)
         self._adapter = workspace.start
         self._record = RoundRecord(round=0)
 
@@ -84,7 +85,7 @@ class Server:
         events.publish(
             events.RunStarted(
                 name=self._config.name,
-                rounds=self._config.federation.rounds,
+                rounds=self._config.last_round,
                 clients=self._directory.names(),
                 parameters=self._workspace.spec.size,
                 uplink_codec=self._config.uplink.name,
@@ -97,7 +98,24 @@ class Server:
             self._finish_round(RoundRecord(round=0), RoundTally(), time.perf_counter(), {})
         for round_ in range(max(done, 0) + 1, self._config.federation.rounds + 1):
             self._round(round_)
+        if done < self._config.last_round and self._config.uplink.flush:
+            self._flush()
         self._save_adapter()
+
+    def _coded(
+        self, kind: type[CompressedStrategy], federation: FederationConfig, uplink: Codec
+    ) -> CompressedStrategy:
+        spec = self._workspace.spec
+        return kind(
+            make_strategy(federation, spec),
+            spec=spec,
+            uplink=uplink,
+            broadcaster=self._broadcaster,
+            seed=self._config.seed,
+            weighting=federation.weighting,
+            min_replies=federation.min_clients,
+            client_name=self._directory.name,
+        )
 
     def _restore(self) -> int:
         """Go on from the last checkpoint; returns the rounds done, -1 for a fresh run."""
@@ -111,7 +129,11 @@ class Server:
         self._adapter = checkpoint.adapter
         self._record = checkpoint.record
         self._broadcaster.restore(
-            checkpoint.reference, checkpoint.round, checkpoint.held, checkpoint.increment
+            checkpoint.reference,
+            checkpoint.round,
+            checkpoint.held,
+            checkpoint.increment,
+            checkpoint.previous,
         )
         restore_strategy(self._strategy.inner, checkpoint.strategy)
         # the checkpoint is written before the line; a kill in between leaves the line to us
@@ -136,6 +158,13 @@ class Server:
                 )
             time.sleep(POLL_SECONDS)
 
+    def _flush(self) -> None:
+        """One more round, in which clients send their residuals and do not train."""
+        config = self._config
+        codec = make_codec(config.uplink.flush, config.uplink.flush_options)
+        self._strategy = self._coded(FlushStrategy, flush_config(config.federation), codec)
+        self._round(config.last_round)
+
     def _round(self, round_: int) -> None:
         federation = self._config.federation
         began = time.perf_counter()
@@ -156,7 +185,8 @@ class Server:
                 )
             )
         else:
-            reasons = "; ".join(f"{client}: {reason}" for client, reason in tally.failures[-3:])
+            failures = [f"{client}: {reason}" for client, reason in tally.failures[-3:]]
+            reasons = "; ".join(failures) or "none"
             raise FederationError(
                 f"round {round_} had too few usable replies in {attempt} attempts "
                 f"(federation.min_clients = {federation.min_clients}). Last failures: {reasons}. "
@@ -175,6 +205,7 @@ class Server:
         self._broadcaster.advance(self._adapter, round_)
         record = RoundRecord(
             round=round_,
+            flush=round_ > federation.rounds,
             attempts=attempt,
             update_norm=change.norm(),
             product_gap=tally.product_gap,
@@ -202,10 +233,11 @@ class Server:
         again: list[Message] = []
         for reply in receive(self._grid, messages, self._timeout):
             node = reply.metadata.src_node_id
-            if _lost_reference(reply):
+            if _status(reply) == REFERENCE_MISSING:
                 again.append(self._strategy.resend(by_node[node]))
-            else:
-                by_node.pop(node, None)
+                continue
+            by_node.pop(node, None)
+            if _status(reply) != NO_RESIDUAL:  # having nothing to flush is no failure
                 yield reply
         for reply in receive(self._grid, again, self._timeout):
             by_node.pop(reply.metadata.src_node_id, None)
@@ -228,6 +260,7 @@ class Server:
             events.publish(events.Notice(text, "warning"))
         self._count(record, tally)
         record.seconds = time_split(record, tally, seconds, time.perf_counter() - began)
+        events.publish(events.RoundAggregated(record.round))
         saving = time.perf_counter()
         save_checkpoint(
             self._folder.checkpoints_dir,
@@ -239,6 +272,7 @@ class Server:
                 increment=self._broadcaster.increment,
                 strategy=strategy_state(self._strategy.inner),
                 record=record,
+                previous=self._broadcaster.previous,
             ),
             self._config,
         )
@@ -249,10 +283,11 @@ class Server:
 
     def _evaluate(self, record: RoundRecord) -> None:
         evaluation = self._config.evaluation
-        ends = record.round in (0, self._config.federation.rounds)
+        # before and after a flush too, so that its worth is seen
+        ends = record.round in (0, self._config.federation.rounds, self._config.last_round)
         if not ends and (evaluation.every == 0 or record.round % evaluation.every):
             return
-        heldout = self._workspace.examples(None, "heldout")
+        heldout = self._workspace.examples(None, "heldout") if evaluation.heldout else []
         if heldout:
             result = evaluate_nll(
                 self._workspace.model,
@@ -303,10 +338,11 @@ class Server:
         save_adapter(self._folder.adapter_dir, self._workspace.whole(self._adapter), self._config)
 
 
-def _lost_reference(reply: Message) -> bool:
+def _status(reply: Message) -> object:
+    """What a client says instead of an answer; None if it answers."""
     if not reply.has_content() or CONFIG not in reply.content.config_records:
-        return False
-    return reply.content.config_records[CONFIG].get(STATUS) == REFERENCE_MISSING
+        return None
+    return reply.content.config_records[CONFIG].get(STATUS)
 
 
 def make_server_app() -> ServerApp:

@@ -23,16 +23,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from cgfedllm import events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecContext
 from cgfedllm.errors import CgFedLlmError, PacketError
-from cgfedllm.federation.downlink import Broadcaster
+from cgfedllm.federation.downlink import Broadcaster, fingerprint
 from cgfedllm.federation.messages import (
     ARRAYS,
+    CHECK,
     CONFIG,
     KIND,
     METRICS,
     NUM_EXAMPLES,
+    PREVIOUS,
     VERSION,
     adapter_of,
     adapter_record,
@@ -148,6 +151,9 @@ class CompressedStrategy(Strategy):
         """Sample clients as the inner strategy does and send each what it lacks."""
         self._global = adapter_of(self._spec, arrays)
         rebase(self.inner)
+        previous = self._previous()
+        if previous is not None:
+            config = ConfigRecord({**config, PREVIOUS: fingerprint(previous)})
         with self._sampling(server_round, "train"):
             messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         return [self.coded(message) for message in self._by_name(messages)]
@@ -170,6 +176,8 @@ class CompressedStrategy(Strategy):
         config = ConfigRecord(dict(message.content.config_records[CONFIG]))
         config[KIND] = broadcast.kind
         config[VERSION] = broadcast.version
+        if broadcast.check is not None:
+            config[CHECK] = broadcast.check
         arrays = packet_record(broadcast.blob) if broadcast.blob else ArrayRecord()
         return Message(
             RecordDict({ARRAYS: arrays, CONFIG: config}),
@@ -217,7 +225,9 @@ class CompressedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> Iterator[tuple[Message, AdapterUpdate, float]]:
         """Usable replies with their adapter and weight, as they come."""
-        context = CodecContext(self._spec, server_round, self._seed)
+        previous = self._previous()
+        known = None if previous is None else previous.vector
+        context = CodecContext(self._spec, server_round, self._seed, previous=known)
         limit = packet_limit(self._spec)
         for reply in replies:
             client = self._name(reply.metadata.src_node_id)
@@ -228,7 +238,8 @@ class CompressedStrategy(Strategy):
                 blob = packet_of(reply.content, limit=limit)
                 self.tally.uplink_bytes += len(blob)
                 self.tally.uplinks += 1
-                adapter = self._global + self._uplink.decode(blob, context)
+                update = self._uplink.decode(blob, context)
+                adapter = self._global + update
                 metrics = numbers_of(reply.content)
                 examples = _examples(metrics)
                 weight = examples if self._weighting == "examples" else 1.0
@@ -237,7 +248,13 @@ class CompressedStrategy(Strategy):
                 continue
             seconds = time.perf_counter() - began
             self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
+            events.publish(events.UpdateReceived(client, server_round, update, weight, metrics))
+            del update  # it weighs as much as an adapter, and aggregation needs only that
             yield reply, adapter, weight
+
+    def _previous(self) -> AdapterUpdate | None:
+        """What updates may be coded against."""
+        return self._broadcaster.previous if self._uplink.uses_previous else None
 
     def _by_name(self, messages: list[Message]) -> list[Message]:
         return sorted(messages, key=lambda message: self._name(message.metadata.dst_node_id))
