@@ -35,7 +35,7 @@ class Api(SimpleNamespace):
     """Stands in for cgfedllm.api: remembers the calls, answers like a finished run."""
 
     def __init__(self) -> None:
-        super().__init__(calls=[], interrupted=False, error=None)
+        super().__init__(calls=[], interrupted=False, error=None, failures={})
 
     def run(self, config: Config, **options: Any) -> SimpleNamespace:
         self.calls.append(("run", config, options))
@@ -46,11 +46,16 @@ class Api(SimpleNamespace):
         return self._result(run_dir)
 
     def compare(
-        self, config: Config, codecs: list[str], seeds: list[int], references: list[str]
+        self, config: Config, codecs: list[str], seeds: list[int], **options: Any
     ) -> SimpleNamespace:
-        self.calls.append(("compare", config, codecs, seeds, references))
+        self.calls.append(("compare", config, codecs, seeds, options))
         entries = [ComparisonEntry(c, s, RECORDS) for c in codecs for s in seeds]
-        return SimpleNamespace(entries=entries)
+        results = config.run_dir.with_name("compared.json")
+        return SimpleNamespace(entries=entries, results=results, failures=self.failures)
+
+    def plot_comparison(self, results: Path) -> list[Path]:
+        self.calls.append(("plot_comparison", results))
+        return [results.with_suffix(".png"), results.with_suffix(".svg")]
 
     def evaluate(self, path: Path, **options: Any) -> SimpleNamespace:
         self.calls.append(("evaluate", path, options))
@@ -76,7 +81,7 @@ class Api(SimpleNamespace):
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     fake = Api()
-    for name in ("run", "resume", "compare", "evaluate", "export"):
+    for name in ("run", "resume", "compare", "plot_comparison", "evaluate", "export"):
         monkeypatch.setattr(f"cgfedllm.api.{name}", getattr(fake, name))
     return fake
 
@@ -162,6 +167,10 @@ def test_run_json(cli: Cli, api: Api) -> None:
         (["compare", "--codec", "raw", "--codec", "int9"], "did you mean 'int8'"),
         (["compare", "--codec", "raw", "--codec", "int8", "--seeds", "a"], "whole numbers"),
         (["compare", "--codec", "raw", "--codec", "int8", "--seeds", "1,1"], "distinct"),
+        (["compare", "--codec", "raw", "--codec", "int8:bits=3"], "option 'bits'"),
+        (["compare", "--codec", "raw", "--variant", "x:lora.rnk=2"], "did you mean 'lora.rank'"),
+        (["compare", "--codec", "raw", "--codec", "int8", "--tune", "lr"], "KEY=value"),
+        (["compare", "--codec", "raw", "--plot", "r.json"], "leave --codec out"),
         (["evaluate", "x", "--split", "train"], "one of heldout, validation, test"),
         (["config", "zzz"], "no key contains"),
         (["resume"], "Missing argument"),
@@ -234,18 +243,41 @@ def test_compare(cli: Cli, api: Api) -> None:
     args = ("compare", "--codec", "raw", "--codec", "int8", "--codec", "raw", "--seeds", "0,1")
     result = cli(*args)
     assert result.exit_code == 0
-    assert api.calls[0][2:] == (["raw", "int8"], [0, 1], ())
+    assert api.calls[0][2:4] == (["raw", "int8"], [0, 1])
     assert "reference" in result.stdout
+    assert "Results  runs/compared.json\nFigure   runs/compared.png" in result.stdout
     rows = json.loads(cli(*args, "--json").stdout)
     assert [(row["codec"], row["seed"]) for row in rows] == [
         ("raw", 0), ("raw", 1), ("int8", 0), ("int8", 1),
     ]  # fmt: skip
 
 
-def test_compare_with_references(cli: Cli, api: Api) -> None:
-    args = ("--codec", "raw", "--codec", "int8", "--reference", "centralised")
+def test_compare_passes_everything_on(cli: Cli, api: Api) -> None:
+    args = (
+        "--codec", "raw", "--variant", "rank2:lora.rank=2", "--reference", "centralised",
+        "--tune", "server_lr=0.7,1", "--tune-rounds", "2", "--results", "r.json",
+    )  # fmt: skip
     assert cli("compare", *args).exit_code == 0
-    assert api.calls[0][4] == ["centralised"]
+    assert api.calls[0][4] == {
+        "variants": ["rank2:lora.rank=2"],
+        "references": ["centralised"],
+        "tune": ["server_lr=0.7,1"],
+        "tune_rounds": 2,
+        "results": Path("r.json"),
+    }
+
+
+def test_compare_with_failed_cells_says_which(cli: Cli, api: Api) -> None:
+    api.failures = {"int8, seed 0": "the loss is not finite"}
+    result = cli("compare", "--codec", "raw", "--codec", "int8")
+    assert result.exit_code == 1
+    assert "failed: int8, seed 0: the loss is not finite" in result.stderr
+    assert "reference" in result.stdout
+
+
+def test_compare_only_plots(cli: Cli, api: Api) -> None:
+    assert cli("compare", "--plot", "a/b.json").stdout == "a/b.png\na/b.svg\n"
+    assert api.calls == [("plot_comparison", Path("a/b.json"))]
 
 
 def test_evaluate(cli: Cli, api: Api) -> None:
@@ -306,7 +338,7 @@ def test_doctor_fails_on_what_every_run_needs(
 def test_completion_knows_codecs_and_keys() -> None:
     from cgfedllm.cli import _complete_codec, _complete_key
 
-    assert _complete_codec("in") == ["int8"]
+    assert _complete_codec("int8") == ["int8"]
     assert "federation.rounds=" in _complete_key("federation.r")
 
 

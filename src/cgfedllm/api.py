@@ -7,22 +7,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cgfedllm import events
 from cgfedllm.adapter import AdapterUpdate
-from cgfedllm.config import CodecConfig, Config
-from cgfedllm.errors import AdapterError, CheckpointError, ConfigError, RunInterrupted
+from cgfedllm.analysis.candidates import REFERENCES, Candidate
+from cgfedllm.analysis.curves import ComparisonEntry
+from cgfedllm.config import WITHOUT_FLUSH, Config
+from cgfedllm.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    RecordingError,
+    RunInterrupted,
+)
 from cgfedllm.interrupt import check_interrupt, stoppable
 from cgfedllm.metrics import RoundRecord
-from cgfedllm.report.comparison import ComparisonEntry
 from cgfedllm.runs import RunFolder
 from cgfedllm.storage import remove_leftovers
 from cgfedllm.workspace import Workspace, workspace_for
 
+if TYPE_CHECKING:
+    from cgfedllm.bench import BenchResult
+
 Listener = Callable[[events.Event], None]
 Split = Literal["heldout", "validation", "test"]
-REFERENCES = ("centralised", "local-only")
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,69 @@ class RunResult:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """Runs of one experiment with several codecs and seeds."""
+    """Runs of one experiment with several codecs and seeds.
+
+    Parameters
+    ----------
+    entries : list of ComparisonEntry
+        Runs that came to their end.
+    results : Path
+        The results file, with curves, summaries and the tuning.
+    failures : dict of str
+        Runs that failed, and why; the others went on.
+    """
 
     entries: list[ComparisonEntry]
+    results: Path
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RecordingResult:
+    """A recording, and the run that it is of.
+
+    Parameters
+    ----------
+    run : RunResult
+        What the run left behind.
+    path : Path
+        Folder of the recording.
+    updates, rounds, clients : int
+        How much it holds so far.
+    bytes : int
+        What its updates weigh.
+    """
+
+    run: RunResult
+    path: Path
+    updates: int = 0
+    rounds: int = 0
+    clients: int = 0
+    bytes: int = 0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table of two columns."""
+        from cgfedllm.report.units import human_bytes
+
+        return [
+            ("recording", str(self.path)),
+            ("updates", str(self.updates)),
+            ("rounds", str(self.rounds)),
+            ("clients", str(self.clients)),
+            ("size", human_bytes(self.bytes)),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON."""
+        return {
+            "recording_dir": str(self.path),
+            "updates": self.updates,
+            "rounds": self.rounds,
+            "clients": self.clients,
+            "bytes": self.bytes,
+            "run_dir": str(self.run.run_dir),
+            "interrupted": self.run.interrupted,
+        }
 
 
 @dataclass(frozen=True)
@@ -143,7 +212,7 @@ def resume(run_dir: Path | str, *, listeners: Sequence[Listener] = ()) -> RunRes
         for part in (folder.checkpoints_dir, folder.adapter_dir, *folder.clients_dir.glob("*")):
             remove_leftovers(part)
         folder.note_resume(records[-1].round if records else 0)
-        return _federate(config, folder, listeners)
+        return _federate(config, folder, [*_recorder_of(folder, config), *listeners])
 
 
 def reference(
@@ -168,8 +237,71 @@ def reference(
     """
     if kind not in REFERENCES:
         raise ConfigError(f"reference is one of {', '.join(REFERENCES)}; got {kind!r}")
-    named = config.with_overrides({"name": f"{config.name}-{kind}"})
+    named = config.with_overrides({"name": f"{config.name}-{kind}", **WITHOUT_FLUSH})
     return _train_reference(named, kind, overwrite, listeners)
+
+
+def record(
+    config: Config,
+    to: Path | str | None = None,
+    kind: Literal["federated", "centralised"] = "federated",
+    overwrite: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> RecordingResult:
+    """Run an experiment and keep every client's update of every round.
+
+    Called again it goes on with a federated run that was stopped, and with its recording; a
+    centralised one has no checkpoints and starts again. A complete one is returned as it is.
+
+    Parameters
+    ----------
+    config : Config
+        The experiment. Its uplink must be lossless: a recording holds what clients computed.
+    to : path-like, optional
+        Folder of the recording, new or empty; by default ``recording`` in the run folder.
+    kind : str
+        "federated", or "centralised": the reference of that name, recorded as one client whose
+        updates are the changes over each round's worth of steps.
+    overwrite : bool
+        Remove an earlier run of the same name, and a recording in `to`, first.
+    listeners : sequence of callables
+        Told every event (`cgfedllm.events`) while it runs.
+
+    Raises
+    ------
+    ConfigError
+        If the uplink is lossy, `kind` is unknown, or the run folder has another configuration.
+    RecordingError
+        If `to` holds something else, or the run was not recorded from its start.
+    """
+    from cgfedllm.tgap.index import is_recording
+    from cgfedllm.tgap.recorder import Recorder, check_goes_on, check_lossless
+    from cgfedllm.tgap.writer import check_vacant
+
+    if kind not in ("federated", "centralised"):
+        raise ConfigError(f"a recording is federated or centralised; got {kind!r}")
+    if kind == "centralised":
+        config = config.with_overrides({"name": f"{config.name}-{kind}", **WITHOUT_FLUSH})
+    else:
+        check_lossless(config)
+    folder = RunFolder(config.run_dir)
+    target = folder.recording_dir if to is None else Path(to)
+    if target.resolve() == folder.path.resolve():
+        raise ConfigError(f"{target} is the folder of the run itself; record into another one")
+    started = folder.exists() and folder.has_progress() and not overwrite
+    if started:
+        check_goes_on(folder, target, config, kind)
+    elif not overwrite or not (to is None or is_recording(target)):
+        check_vacant(target)
+    if started and (kind == "federated" or _is_complete(folder, config)):
+        result = resume(folder.path, listeners=listeners)
+    else:
+        heard: list[Listener] = [Recorder(folder, target, config, kind), *listeners]
+        if kind == "federated":
+            result = run(config, overwrite=overwrite, listeners=heard)
+        else:
+            result = _train_reference(config, kind, overwrite or started, heard)
+    return _recorded(result, target)
 
 
 def compare(
@@ -177,41 +309,144 @@ def compare(
     codecs: Sequence[str],
     seeds: Sequence[int] = (0,),
     *,
+    variants: Sequence[str] = (),
     references: Sequence[str] = (),
+    tune: Sequence[str] = (),
+    tune_rounds: int | None = None,
+    results: Path | str | None = None,
     listeners: Sequence[Listener] = (),
 ) -> ComparisonResult:
-    """Run one experiment with several uplink codecs; seeds are paired.
+    """Train with several uplink codecs (or other settings): held-out NLL against bytes.
 
-    Runs lie in ``output/NAME-CODEC-seedS``. Those that are complete are not run again, and those
-    that were stopped are resumed, so a comparison can be filled over time.
+    Seeds are paired, and all runs share the split of the configuration's own seed. Runs lie in
+    ``output/NAME-CODEC-seedS``. Those that are complete are not run again, and those that were
+    stopped are resumed, so a comparison can be filled over time; the results file always tells
+    what is there.
 
     Parameters
     ----------
     codecs : sequence of str
-        Names of uplink codecs; the one the configuration itself names keeps its options.
+        Uplink codecs, ``NAME`` or ``NAME:key=value,key=value``; the first is what the others are
+        compared with. The one the configuration itself names keeps its options.
     seeds : sequence of int
-        Each codec runs once a seed.
+        Each candidate runs once a seed.
+    variants : sequence of str
+        ``LABEL:config.key=value,config.key=value``: other settings, compared like a codec.
     references : sequence of str
         "centralised" and "local-only" rows, run once a seed as well.
+    tune : sequence of str
+        ``KEY=value,value``: every candidate tries this grid first, with a seed of its own, and
+        keeps what is best on the clients' validation rows. Nothing is tuned without it.
+    tune_rounds : int, optional
+        Rounds of a trial; by default as many as the run has.
+    results : path-like, optional
+        Results file; ``output/NAME-compare.json`` by default.
 
     Raises
     ------
+    ConfigError
+        If a candidate or the grid cannot be read, or a run folder holds another configuration.
     RunInterrupted
         After Ctrl-C; call again to go on.
     """
-    cells = {
-        (label, seed): _cell(config, label, seed)
-        for seed in seeds
-        for label in (*references, *codecs)
-    }
-    for cell in cells.values():  # before hours are spent on the others
-        _check_same(cell)
-    entries = {
-        (label, seed): ComparisonEntry(label, seed, _compared(cell, label, listeners))
-        for (label, seed), cell in cells.items()
-    }
-    labels = dict.fromkeys((*codecs, *references))
-    return ComparisonResult([entries[label, seed] for label in labels for seed in seeds])
+    from cgfedllm.analysis.candidates import candidates_of
+    from cgfedllm.analysis.closed_loop import ClosedLoop
+    from cgfedllm.analysis.tuning import parse_tuning
+
+    candidates = candidates_of(config, codecs, variants, references)
+    tuning = parse_tuning(tune, tune_rounds, config, seeds)
+    target = Path(results or default_results(config))
+    loop = ClosedLoop(config, candidates, seeds, tuning, _Cells(listeners), target)
+    outcome = loop.run()
+    return ComparisonResult(outcome.entries, outcome.results, outcome.failures)
+
+
+def default_results(config: Config) -> Path:
+    """Where the results of a comparison go unless told otherwise."""
+    return Path(config.output) / f"{config.name}-compare.json"
+
+
+def plot_comparison(results: Path | str, to: Path | str | None = None) -> list[Path]:
+    """Draw the figure of a results file of `compare`; nothing is run.
+
+    Parameters
+    ----------
+    results : path-like
+        The results file; cells may be missing in it.
+    to : path-like, optional
+        Where, without a suffix; beside the results file by default.
+
+    Returns
+    -------
+    list of Path
+        A PNG and an SVG.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged or something else.
+    """
+    from cgfedllm.analysis.closed_loop_file import read_results
+    from cgfedllm.report.figures.closed_loop import plot_closed_loop
+
+    return plot_closed_loop(read_results(results), to or Path(results).with_suffix(""))
+
+
+def bench_codecs(
+    recordings: Sequence[Path | str],
+    to: Path | str,
+    *,
+    codecs: Sequence[str] = (),
+    rates: Sequence[float] = (),
+    updates: int = 16,
+    seed: int = 0,
+    structure: bool = False,
+    memory: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> BenchResult:
+    """Code recorded updates one by one with every codec at every rate (open loop).
+
+    Parameters
+    ----------
+    recordings : sequence of path-like
+        Folders that `record` made.
+    to : path-like
+        Folder for tables and figures.
+    codecs : sequence of str
+        ``NAME`` or ``NAME:key=value,key=value``; all registered ones by default.
+    rates : sequence of float
+        Bits per parameter that codecs with a rate are asked for.
+    updates : int
+        Most updates measured of each recording.
+    seed : int
+        Seed that both ends share.
+    structure : bool
+        Also tell what the updates look like.
+    memory : bool
+        Also measure the memory one update takes.
+    progress : callable
+        Told how many updates are done, of how many, and what is worked on.
+
+    Raises
+    ------
+    ConfigError
+        If there is no recording, or a codec, a rate or a number cannot be used.
+    RecordingError
+        If a recording is missing or damaged.
+    """
+    from cgfedllm.bench import bench_codecs as bench
+
+    return bench(
+        recordings,
+        to,
+        codecs=codecs,
+        rates=rates,
+        updates=updates,
+        seed=seed,
+        structure=structure,
+        memory=memory,
+        progress=progress,
+    )
 
 
 def evaluate(
@@ -310,6 +545,36 @@ def _train_reference(
         return RunResult(folder.path, folder.adapter_dir, folder.records(), False)
 
 
+def _recorder_of(folder: RunFolder, config: Config) -> list[Listener]:
+    """What keeps the recording of a run that is recorded."""
+    from cgfedllm.tgap.recorder import Recorder, noted
+
+    target = noted(folder)
+    return [] if target is None else [Recorder(folder, target, config)]
+
+
+def _recorded(result: RunResult, target: Path) -> RecordingResult:
+    from cgfedllm.tgap.recorder import check_rounds
+    from cgfedllm.tgap.recording import Recording
+
+    try:
+        recording = Recording.open(target)
+    except RecordingError:
+        if result.interrupted:  # in its first round, perhaps
+            return RecordingResult(result, target)
+        raise
+    if not result.interrupted:
+        check_rounds(target, recording.rounds(), result.records[-1].round)
+    return RecordingResult(
+        result,
+        target,
+        updates=len(recording),
+        rounds=len(recording.rounds()),
+        clients=len(recording.clients()),
+        bytes=recording.nbytes,
+    )
+
+
 @contextmanager
 def _watched(config: Config, folder: RunFolder, listeners: Sequence[Listener]) -> Iterator[None]:
     from cgfedllm.report.trackers import trackers
@@ -340,43 +605,59 @@ def _announce(workspace: Workspace, kind: str) -> None:
     )
 
 
-def _cell(config: Config, label: str, seed: int) -> Config:
-    """Configuration of one cell of a comparison, under the name of its run folder."""
-    if label in REFERENCES:
-        return config.with_overrides({"seed": seed, "name": f"{config.name}-seed{seed}-{label}"})
-    changes: dict[str, Any] = {"seed": seed, "name": f"{config.name}-{label}-seed{seed}"}
-    if label != config.uplink.name:
-        changes |= {"uplink.name": label, "uplink.options": CodecConfig().options}
-    return config.with_overrides(changes)
+class _Cells:
+    """Runs the cells of a comparison, each in the folder its configuration names."""
 
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self._listeners = listeners
+        self._parameters: dict[str, int] = {}
 
-def _check_same(cell: Config) -> None:
-    """Refuse to take an earlier run of another configuration for a cell of a comparison."""
-    from cgfedllm.federation.checkpoint import config_fingerprint
+    def check(self, config: Config) -> None:
+        """Refuse to take an earlier run of another configuration for a cell."""
+        from cgfedllm.federation.checkpoint import config_fingerprint
 
-    folder = RunFolder(cell.run_dir)
-    if folder.exists() and config_fingerprint(folder.config()) != config_fingerprint(cell):
-        raise ConfigError(
-            f"{folder.path} holds a run of another configuration; compare under another "
-            "--name, or remove it"
-        )
+        folder = RunFolder(config.run_dir)
+        if folder.exists() and config_fingerprint(folder.config()) != config_fingerprint(config):
+            raise ConfigError(
+                f"{folder.path} holds a run of another configuration; compare under another "
+                "--name, or remove it"
+            )
 
+    def finished(self, config: Config) -> list[RoundRecord] | None:
+        """Records of a complete run."""
+        folder = RunFolder(config.run_dir)
+        return folder.records() if _is_complete(folder, config) else None
 
-def _compared(cell: Config, label: str, listeners: Sequence[Listener]) -> list[RoundRecord]:
-    """Records of one cell of a comparison, run only as far as it has not been."""
-    folder = RunFolder(cell.run_dir)
-    if _is_complete(folder, cell):
-        return folder.records()
-    if label in REFERENCES:
-        result = _train_reference(cell, label, True, listeners)
-    elif folder.exists():
-        result = resume(folder.path, listeners=listeners)
-    else:
-        result = run(cell, listeners=listeners)
-    if result.interrupted:
-        check_interrupt()
-        raise RunInterrupted("comparison stopped; run the same command again to go on")
-    return result.records
+    def rounds_done(self, config: Config) -> int:
+        """Rounds on disk."""
+        records = RunFolder(config.run_dir).records()
+        return records[-1].round if records else 0
+
+    def complete(self, config: Config, candidate: Candidate) -> list[RoundRecord]:
+        """Run only as far as it has not been."""
+        known = self.finished(config)
+        if known is not None:
+            return known
+        folder = RunFolder(config.run_dir)
+        if candidate.kind == "reference":
+            result = _train_reference(config, candidate.label, True, self._listeners)
+        elif folder.exists():
+            result = resume(folder.path, listeners=self._listeners)
+        else:
+            result = run(config, listeners=self._listeners)
+        if result.interrupted:
+            check_interrupt()
+            raise RunInterrupted("comparison stopped; run the same command again to go on")
+        return result.records
+
+    def parameters(self, config: Config) -> int:
+        """Values in one update, by arithmetic alone."""
+        from cgfedllm.plan import make_plan
+
+        key = Config(model=config.model, lora=config.lora).to_toml()
+        if key not in self._parameters:
+            self._parameters[key] = make_plan(config).model.trained
+        return self._parameters[key]
 
 
 def _is_complete(folder: RunFolder, config: Config) -> bool:
@@ -386,7 +667,7 @@ def _is_complete(folder: RunFolder, config: Config) -> bool:
     if not any(folder.adapter_dir.glob(f"**/{CONFIG}")):
         return False
     records = folder.records()
-    return bool(records) and records[-1].round >= config.federation.rounds
+    return bool(records) and records[-1].round >= config.last_round
 
 
 def _save(folder: Path, workspace: Workspace, adapter: AdapterUpdate) -> None:

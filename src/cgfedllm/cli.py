@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 import click
 import typer
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cgfedllm.api import RunResult
     from cgfedllm.config import Config
     from cgfedllm.report.console import Mode
+    from cgfedllm.tgap.index import RecordingKind
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -75,6 +76,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+bench_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure codecs without training."
+)
+app.add_typer(bench_app, name="bench")
 
 
 def _complete_codec(incomplete: str) -> list[str]:
@@ -197,6 +203,55 @@ def _resume(run_dir: RunDir, quiet: Quiet = False, as_json: Json = False) -> Non
     _watch(lambda: api.resume(run_dir), config, mode)
 
 
+@app.command("record")
+def _record(
+    config_file: ConfigFile = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Folder of the recording; by default OUTPUT/NAME/recording."),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="federated or centralised.", metavar="KIND")
+    ] = "federated",
+    settings: Settings = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; its folder is OUTPUT/NAME.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder that holds the run folders.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier run and recording first.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but the recording's path.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run, and keep every client's update to fit codecs on.
+
+    CONFIG is a TOML file with a lossless uplink (without one, the embedded default). The
+    same command goes on with a recording that was stopped.
+    """
+    if kind not in ("federated", "centralised"):
+        raise ConfigError(f"--kind is federated or centralised; got {kind!r}")
+    mode = _mode(quiet, as_json)
+    config = _load(config_file, settings, name=name, output=output)
+
+    from cgfedllm import api, events
+    from cgfedllm.report.console import watcher
+
+    # the run is told about on stderr: stdout is for what was recorded
+    told = watcher("quiet" if mode == "quiet" else "auto", stdout=sys.stderr)
+    with told as watch, events.listening(watch):
+        result = api.record(config, to, cast("RecordingKind", kind), overwrite)
+    if quiet:
+        typer.echo(result.path)
+    else:
+        _show(result, as_json)
+    if result.run.interrupted:
+        click.echo("interrupted; the same command goes on after the last round", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
 @app.command("compare")
 def _compare(
     config_file: ConfigFile = None,
@@ -204,8 +259,17 @@ def _compare(
         list[str] | None,
         typer.Option(
             "--codec",
-            help="Uplink codec to compare; repeat it. The first is the reference.",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Uplink codec and its options, e.g. int8; repeat it. The first is the reference.",
             autocompletion=_complete_codec,
+        ),
+    ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="LABEL:KEY=VALUE,...",
+            help="Other settings under a label, e.g. rank2:lora.rank=2,uplink.name=int8.",
         ),
     ] = None,
     seeds: Annotated[
@@ -219,22 +283,56 @@ def _compare(
             help="Also train without a federation: centralised (pooled rows) or local-only.",
         ),
     ] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tune",
+            metavar="KEY=VALUE,...",
+            help="Try these values first, the same for every codec, e.g. server_lr=0.7,1,1.4 or "
+            "decay=1,0.9; repeat it for a grid. Judged on the clients' validation rows.",
+        ),
+    ] = None,
+    tune_rounds: Annotated[
+        int | None, typer.Option(help="Rounds of a trial; by default those of the run.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Results file; by default OUTPUT/NAME-compare.json.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Only draw the figure of this results file again."),
+    ] = None,
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(help="Name of the runs, a prefix.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder that holds the run folders.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run an experiment with several codecs: one table.
+    """Run an experiment with several codecs: NLL against bytes.
 
-    CONFIG is a TOML file (without one, the embedded default); everything but the uplink
-    codec and the seed stays the same.
+    CONFIG is a TOML file (without one, the embedded default); everything but what is
+    compared and the seed stays the same. Ends with a table, a results file and a figure;
+    the same command goes on with a comparison that was stopped.
     """
-    if not codecs or len(set(codecs)) < 2:
+    if plot is not None:
+        if codecs or variants:
+            raise ConfigError("--plot draws what a results file holds; leave --codec out")
+        from cgfedllm.api import plot_comparison
+
+        for path in plot_comparison(plot):
+            typer.echo(path)
+        return
+    candidates = list(dict.fromkeys(codecs or ()))
+    if len(candidates) + len(variants or ()) < 2:
         raise ConfigError("compare needs at least two codecs: --codec raw --codec int8")
     config = _load(config_file, settings, name=name, output=output)
-    for codec in codecs:  # a misspelt one is found now, not after hours
-        config.with_overrides({"uplink.name": codec, "uplink.options": {}})
     numbers = _parse_seeds(seeds)
+
+    from cgfedllm.analysis.candidates import candidates_of
+    from cgfedllm.analysis.tuning import parse_tuning
+
+    # before torch is loaded, so that a misspelt one is reported at once
+    candidates_of(config, candidates, variants or (), references or ())
+    parse_tuning(tune or (), tune_rounds, config, numbers)
 
     from cgfedllm import api, events
     from cgfedllm.report.comparison import comparison_table, entries_to_dicts
@@ -243,12 +341,25 @@ def _compare(
     # the runs are told about on stderr: stdout is for the table (or the JSON)
     with watcher("auto", stdout=sys.stderr) as watch, events.listening(watch):
         result = api.compare(
-            config, list(dict.fromkeys(codecs)), numbers, references=references or ()
+            config,
+            candidates,
+            numbers,
+            variants=variants or (),
+            references=references or (),
+            tune=tune or (),
+            tune_rounds=tune_rounds,
+            results=results,
         )
+    figures = api.plot_comparison(result.results)
     if as_json:
         typer.echo(json.dumps(entries_to_dicts(result.entries), ensure_ascii=False))
     else:
         _console().print(comparison_table(result.entries))
+        typer.echo(f"\nResults  {result.results}\nFigure   {figures[0]}")
+    if result.failures:
+        for cell, reason in result.failures.items():
+            click.echo(f"{click.style('failed:', fg='red')} {cell}: {reason}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command("evaluate")
@@ -305,7 +416,7 @@ def _inspect(
 ) -> None:
     """Tell what a file or folder is and holds.
 
-    PATH is a run folder, a PEFT adapter folder, a packet or a checkpoint.
+    PATH is a run folder, a recording, a PEFT adapter folder, a packet or a checkpoint.
     """
     from cgfedllm.report.inspection import inspect
 
@@ -349,7 +460,9 @@ def _plan(
     config = _load(config_file, settings)
     changes: dict[str, Any] = {"model.id": model, "lora.rank": rank, "federation.rounds": rounds}
     if codec is not None and codec != config.uplink.name:
-        changes |= {"uplink.name": codec, "uplink.options": {}}
+        from cgfedllm.config import other_uplink
+
+        changes |= other_uplink(codec)
     config = _changed(config, changes)
 
     from cgfedllm.plan import Link, make_plan
@@ -387,6 +500,89 @@ def _config(
     from cgfedllm.report.listings import key_list
 
     _console().print(key_list(part))
+
+
+@bench_app.command("codecs")
+def _bench_codecs(
+    recordings: Annotated[
+        list[Path] | None,
+        typer.Option("--recording", "-r", help="Folder of a recording; may be repeated."),
+    ] = None,
+    codecs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--codec",
+            metavar="NAME[:key=value,...]",
+            help="Codec, with options; may be repeated. All codecs by default.",
+            autocompletion=_complete_codec,
+        ),
+    ] = None,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--rate",
+            metavar="BITS",
+            help="Bits per parameter for codecs that have a rate (option bpp); may be repeated. "
+            "0.02, 0.05, 0.1, 0.2, 0.5, 1, 2 and 4 by default.",
+        ),
+    ] = None,
+    updates: Annotated[
+        int, typer.Option(min=1, help="Most updates measured of each recording.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that both ends share.")] = 0,
+    structure: Annotated[
+        bool, typer.Option("--structure", help="Also tell what the updates look like.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also measure the memory one update takes.")
+    ] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to",
+            help="Folder for tables and figures; by default benchmarks/results/open_loop in a "
+            "checkout, open_loop elsewhere.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Code recorded updates with every codec at every rate: one table.
+
+    Open loop: each update on its own, against its own values, from real packets. Figures and
+    tables go to files as well.
+    """
+    if not recordings:
+        raise ConfigError(
+            "bench codecs needs a recording: --recording FOLDER (`cgfedllm record` makes one)"
+        )
+    in_checkout = Path("benchmarks/results").is_dir()
+    target = to or Path("benchmarks/results/open_loop" if in_checkout else "open_loop")
+
+    from cgfedllm import api
+    from cgfedllm.report.bench_progress import BenchProgress
+    from cgfedllm.report.open_loop import open_loop_table, results_to_dict, structure_table
+
+    with BenchProgress() as bar:
+        found = api.bench_codecs(
+            list(recordings),
+            target,
+            codecs=codecs or (),
+            rates=rates or (),
+            updates=updates,
+            seed=seed,
+            structure=structure,
+            memory=memory,
+            progress=bar.update,
+        )
+    if as_json:
+        typer.echo(json.dumps(results_to_dict(found.results, found.structures)))
+        return
+    console = _console()
+    for result in found.results:
+        console.print(open_loop_table(result), "")
+    if found.structures:
+        console.print(structure_table(found.structures), "")
+    typer.echo(f"Tables and figures  {target}")
 
 
 def _load(

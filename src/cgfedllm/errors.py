@@ -43,6 +43,10 @@ class CheckpointError(CgFedLlmError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class RecordingError(CgFedLlmError, ValueError):
+    """A recording is missing, damaged, foreign, or holds nothing of what was asked for."""
+
+
 class StorageError(CgFedLlmError, OSError):
     """A file could not be written; what was there before is untouched."""
 

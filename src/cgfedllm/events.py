@@ -6,10 +6,11 @@ on a remote client they reach only listeners there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.metrics import RoundRecord
 
 
@@ -19,6 +20,7 @@ class RunStarted:
 
     name: str
     rounds: int
+    """The flush after the last round included, if there is one."""
     clients: tuple[str, ...]
     parameters: int
     """Values in one adapter update."""
@@ -59,12 +61,40 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class ClientFinished:
-    """A client in this process has trained and encoded."""
+    """A client in this process has trained (or flushed) and encoded."""
 
     client: str
     round: int
     loss: float
+    """0 in the flush after the last round, in which nobody trains."""
     uplink_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateReceived:
+    """A usable update, as the server decoded it, before it is added to the global adapter.
+
+    If the round is tried again, another `RoundStarted` comes and these updates do not count.
+    """
+
+    client: str
+    round: int
+    update: AdapterUpdate
+    weight: float
+    """In the average of the round."""
+    metrics: Mapping[str, float]
+    """What the client reported: num-examples, steps, tokens, train-loss, ..."""
+
+
+@dataclass(frozen=True)
+class RoundAggregated:
+    """A round's updates are all in and count; the run writes it down next.
+
+    What a listener keeps of the round it keeps now: after a kill between this and
+    `RoundFinished` the round is done again, never skipped.
+    """
+
+    round: int
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,8 @@ Event = (
     | ClientStarted
     | StepFinished
     | ClientFinished
+    | UpdateReceived
+    | RoundAggregated
     | EvaluationProgress
     | RoundFinished
     | Notice
@@ -105,6 +137,11 @@ Event = (
 Listener = Callable[[Event], None]
 
 _listeners: list[Listener] = []
+
+
+def anyone_listens() -> bool:
+    """Whether an event that takes work to make is worth making."""
+    return bool(_listeners)
 
 
 def publish(event: Event) -> None:

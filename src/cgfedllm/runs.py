@@ -9,6 +9,8 @@
         checkpoints/       what the server needs to resume
         clients/           what simulated clients keep between rounds (residuals, optimiser)
         tensorboard/  adapter/ (PEFT)  codec.safetensors  report.html  figures/
+        recording/         every client's updates, where `cgfedllm record` keeps them here
+        recording.json     where they are kept
         .lock              held by the process that works here
 """
 
@@ -149,6 +151,16 @@ class RunFolder:
     def codec_path(self) -> Path:
         """State of a learned codec."""
         return self.path / "codec.safetensors"
+
+    @property
+    def recording_dir(self) -> Path:
+        """Every client's updates, unless they are kept elsewhere."""
+        return self.path / "recording"
+
+    @property
+    def recording_note_path(self) -> Path:
+        """Where this run's recording lies; there only if it is recorded."""
+        return self.path / "recording.json"
 
     @property
     def report_path(self) -> Path:
@@ -329,6 +341,7 @@ class RunFolder:
                 self.environment_path,
                 self.metrics_path,
                 self.codec_path,
+                self.recording_note_path,
                 self.report_path,
             ):
                 file.unlink(missing_ok=True)
@@ -337,6 +350,7 @@ class RunFolder:
                 self.checkpoints_dir,
                 self.clients_dir,
                 self.adapter_dir,
+                self.recording_dir,
                 self.figures_dir,
             ):
                 if folder.is_dir():

@@ -110,7 +110,7 @@ def test_comparison_pairs_by_seed(make_records: Maker) -> None:
     text = render(comparison_table(entries))
     assert "reference" in row(text, "raw")
     # the seeds differ by 0.5, the pairs only by 0.01 and 0.03
-    assert row(text, "int8")[-4:-2] == ["+0.0200", "±0.0100"]
+    assert row(text, "int8")[-6:-2] == ["+0.0200", "±0.0100", "100.0", "%"]
     assert "mean over seeds 0, 1" in text
     plain = entries_to_dicts(entries)
     assert plain[1]["codec"] == "int8"

@@ -80,7 +80,8 @@ def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
     config : DataConfig
         Where rows come from and who gets them.
     seed : int
-        Seed of the run; equal seeds and files give equal data.
+        Seed of the run, unless the configuration has one for the data; equal seeds and files give
+        equal data.
 
     Raises
     ------
@@ -90,6 +91,7 @@ def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
     """
     if config.heldout_source == DEMO_DATA:
         raise DataError("data.heldout_source cannot be the demo; leave it out")
+    seed = seed if config.seed is None else config.seed
     notes: list[str] = []
     rows, files, keys = _usable(load_sources(config), config, notes)
     heldout, reserved = _external_heldout(config, seed, notes)

@@ -20,6 +20,8 @@ from cgfedllm.report.summary import Traffic, summarise
 from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
 from cgfedllm.runs import RunFolder
 from cgfedllm.storage import load_tensors, read_json
+from cgfedllm.tgap.index import INDEX, is_recording
+from cgfedllm.tgap.recording import Recording
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +34,7 @@ class Inspection:
     Parameters
     ----------
     kind : str
-        "run", "adapter", "packet", "checkpoint" or "tensors".
+        "run", "recording", "adapter", "packet", "checkpoint" or "tensors".
     path : Path
         Where.
     facts : dict of str
@@ -53,7 +55,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a run folder, a PEFT adapter folder, a packet file or a checkpoint file.
+    """Look into a folder (run, recording, PEFT adapter) or a file (packet, checkpoint).
 
     Raises
     ------
@@ -61,6 +63,8 @@ def inspect(path: str | Path) -> Inspection:
         If there is nothing at `path`, or it is none of these, or it is damaged.
     PacketError
         If a packet is damaged.
+    RecordingError
+        If a recording is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -71,9 +75,11 @@ def inspect(path: str | Path) -> Inspection:
             return _run(run)
         if (path / _ADAPTER_CONFIG).is_file():
             return _adapter(path)
+        if is_recording(path):
+            return _recording(path)
         raise CheckpointError(
             f"{path} is neither a run folder (config.toml) nor an adapter folder "
-            f"({_ADAPTER_CONFIG})"
+            f"({_ADAPTER_CONFIG}) nor a recording ({INDEX})"
         )
     try:
         with path.open("rb") as file:
@@ -84,6 +90,8 @@ def inspect(path: str | Path) -> Inspection:
         return _packet(path)
     if path.name == _ADAPTER_CONFIG or path.name == _ADAPTER_WEIGHTS:
         return inspect(path.parent)
+    if path.name == INDEX and is_recording(path.parent):
+        return _recording(path.parent)
     return _tensors(path)
 
 
@@ -104,6 +112,7 @@ def _packet(path: Path) -> Inspection:
             "parameters": f"{packet.parameters:,}",
             "adapter spec hash": packet.spec_hash.hex(),
             "codec state hash": packet.state_hash.hex() if learned else "none",
+            "previous aggregate": "needed to decode it" if packet.uses_previous else "not used",
             "payload": f"{len(packet.payload):,} bytes",
             "header": f"{HEADER_SIZE} bytes",
             "bits per parameter": f"{bits:.4f} (header included)",
@@ -190,7 +199,7 @@ def _run(run: RunFolder) -> Inspection:
     config = run.config()
     records = run.records()
     summary = summarise(records)
-    rounds = config.federation.rounds
+    rounds = config.last_round
     checkpoints = any(run.checkpoints_dir.glob("[!.]*"))
     if summary.rounds >= rounds and records:
         state = "finished"
@@ -222,6 +231,34 @@ def _run(run: RunFolder) -> Inspection:
     facts["time"] = human_seconds(summary.seconds["total"])
     facts["adapter"] = str(run.adapter_dir) if run.adapter_dir.is_dir() else "not written yet"
     return Inspection("run", run.path, facts)
+
+
+def _recording(path: Path) -> Inspection:
+    recording = Recording.open(path)
+    config, environment = recording.config, recording.metadata["environment"]
+    rounds, clients = recording.rounds(), recording.clients()
+    entries = recording.entries
+    release = (environment.get("versions") or {}).get("cgfedllm", "?")
+    losses = [
+        sum(e.loss for e in members) / len(members)
+        for members in ([e for e in entries if e.round == r] for r in (rounds[0], rounds[-1]))
+    ]
+    facts = {
+        "recorded": f"{recording.metadata['kind']} training, by cgfedllm {release}",
+        "updates": f"{len(recording):,} of {count_of(len(clients), 'client')}",
+        "rounds": f"{len(rounds)} of {config.federation.rounds}",
+        "steps": f"{sum(e.steps for e in entries) / len(entries):.4g} an update",
+        "training loss": f"{losses[0]:.4f} in round {rounds[0]}, {losses[1]:.4f} in {rounds[-1]}",
+        "model": config.model.id,
+        "data": f"{config.data.source}, {config.data.partition.kind} partition",
+        "lora": f"rank {config.lora.rank} on {', '.join(config.lora.target_modules)}",
+        "seed": str(config.seed),
+        "adapter": f"{recording.spec.size:,} parameters in "
+        f"{count_of(len(recording.spec), 'factor')}",
+        "adapter spec hash": recording.spec.hash.hex(),
+        "size": human_bytes(recording.nbytes),
+    }
+    return Inspection("recording", path, facts)
 
 
 def _traffic(traffic: Traffic, codec: str) -> str:

@@ -111,6 +111,8 @@ def summarise(records: Sequence[RoundRecord]) -> Summary:
 
 def mean_train_loss(record: RoundRecord) -> float | None:
     """Loss over the round's clients, weighted by examples; None if nobody trained."""
+    if record.flush:
+        return None
     weight = sum(c.examples for c in record.clients)
     if not weight:
         return None

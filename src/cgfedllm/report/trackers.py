@@ -73,7 +73,8 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "clients/failed": len(record.failures),
     }
     values.update({f"nll_client/{name}": nll for name, nll in record.client_nll.items()})
-    values.update({f"loss_client/{row.client}": row.train_loss for row in record.clients})
+    if not record.flush:  # in which nobody trains
+        values.update({f"loss_client/{row.client}": row.train_loss for row in record.clients})
     values.update({f"seconds/{phase}": spent for phase, spent in record.seconds.items()})
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
 

@@ -14,10 +14,11 @@ from cgfedllm.data.encoding import Example
 from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.interrupt import check_interrupt
 from cgfedllm.metrics import RoundRecord
-from cgfedllm.training.local import LocalTrainer
+from cgfedllm.training.local import LocalTrainer, TrainResult
 from cgfedllm.training.optim import OptimizerState
 from cgfedllm.workspace import Workspace
 
+CENTRALISED = "centralised"
 ReferenceKind = Literal["centralised", "local-only"]
 Sink = Callable[[RoundRecord], None]
 
@@ -52,8 +53,10 @@ def train_centralised(workspace: Workspace, sink: Sink) -> AdapterUpdate:
     for round_ in range(1, config.federation.rounds + 1):
         began = time.perf_counter()
         result = trainer.train(
-            adapter, pooled, client="centralised", round=round_, optimizer_state=state
+            adapter, pooled, client=CENTRALISED, round=round_, optimizer_state=state
         )
+        if events.anyone_listens():
+            _publish_change(round_, adapter, result, len(pooled))
         adapter, state = result.adapter, result.optimizer_state
         sink(_evaluated(workspace, round_, {"": adapter}, began))
         check_interrupt()
@@ -91,6 +94,19 @@ def train_local_only(workspace: Workspace, sink: Sink) -> dict[str, AdapterUpdat
     return adapters
 
 
+def _publish_change(round_: int, before: AdapterUpdate, result: TrainResult, examples: int) -> None:
+    """Tell of a round's worth of steps as of the update of one client with all rows."""
+    metrics = {
+        "num-examples": float(examples),
+        "steps": float(result.steps),
+        "tokens": float(result.tokens),
+        "train-loss": result.loss,
+    }
+    change = result.adapter - before
+    events.publish(events.UpdateReceived(CENTRALISED, round_, change, float(examples), metrics))
+    events.publish(events.RoundAggregated(round_))
+
+
 def _steps_of_federated_round(workspace: Workspace) -> int:
     """Optimiser steps that the clients of one federated round take together."""
     training, federation = workspace.config.training, workspace.config.federation
@@ -109,7 +125,8 @@ def _steps_of_federated_round(workspace: Workspace) -> int:
 
 def _trainer(workspace: Workspace, local_steps: int | None) -> LocalTrainer:
     config: Config = workspace.config
-    changes: dict[str, object] = {"training.keep_optimizer": True}
+    # stateless federated clients could keep no optimiser; here there are no such clients
+    changes: dict[str, object] = {"training.keep_optimizer": True, "federation.stateless": False}
     if local_steps is not None:
         changes["training.local_steps"] = local_steps
     workspace.reset_frozen_factors()
@@ -129,7 +146,7 @@ def _evaluated(
     training_seconds = time.perf_counter() - began
     evaluating = time.perf_counter()
     record = RoundRecord(round=round_)
-    heldout = workspace.examples(None, "heldout")
+    heldout = workspace.examples(None, "heldout") if workspace.config.evaluation.heldout else []
     if heldout:
         values = [_nll(workspace, a, heldout, "held-out") for a in adapters.values()]
         record.heldout_nll = sum(values) / len(values)

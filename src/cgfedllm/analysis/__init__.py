@@ -1,0 +1,1 @@
+"""What codecs lose and what updates hold: fidelity, models, structure, open and closed loop."""

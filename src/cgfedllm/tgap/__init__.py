@@ -1,0 +1,1 @@
+"""Pre-training codecs on updates recorded along training (TGAP)."""
