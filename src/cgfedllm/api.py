@@ -397,6 +397,7 @@ def bench_codecs(
     to: Path | str,
     *,
     codecs: Sequence[str] = (),
+    peers: Sequence[str] = (),
     rates: Sequence[float] = (),
     updates: int = 16,
     seed: int = 0,
@@ -414,6 +415,9 @@ def bench_codecs(
         Folder for tables and figures.
     codecs : sequence of str
         ``NAME`` or ``NAME:key=value,key=value``; all registered ones by default.
+    peers : sequence of str
+        Other projects' compressors to measure beside them, by name (`analysis.peers`); none by
+        default.
     rates : sequence of float
         Bits per parameter that codecs with a rate are asked for.
     updates : int
@@ -430,7 +434,9 @@ def bench_codecs(
     Raises
     ------
     ConfigError
-        If there is no recording, or a codec, a rate or a number cannot be used.
+        If there is no recording, or a codec, a peer, a rate or a number cannot be used.
+    MissingExtraError
+        If a peer is not installed.
     RecordingError
         If a recording is missing or damaged.
     """
@@ -440,6 +446,7 @@ def bench_codecs(
         recordings,
         to,
         codecs=codecs,
+        peers=peers,
         rates=rates,
         updates=updates,
         seed=seed,

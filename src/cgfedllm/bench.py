@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cgfedllm.analysis.open_loop import measure
 from cgfedllm.analysis.open_loop_rows import OpenLoop
+from cgfedllm.analysis.peers import PREFIX, peer_version
 from cgfedllm.analysis.samples import UPDATES, count_updates
 from cgfedllm.analysis.structure import Structure, measure_structure
 from cgfedllm.analysis.trials import RATES, read_candidate, trials
@@ -50,6 +51,7 @@ def bench_codecs(
     to: Path | str,
     *,
     codecs: Sequence[str] = (),
+    peers: Sequence[str] = (),
     rates: Sequence[float] = (),
     updates: int = UPDATES,
     seed: int = 0,
@@ -62,16 +64,21 @@ def bench_codecs(
 
     rates = tuple(rates) or RATES
     _check(recordings, rates, updates)
+    # before anything is measured, so that a missing one is reported at once
+    versions = {name.removeprefix(PREFIX): peer_version(name) for name in peers}
     candidates = [read_candidate(text) for text in codecs or codec_names()]
+    candidates += [(PREFIX + name, {}) for name in versions]
     opened = _open(recordings)
     counts = {name: count_updates(recording, updates) for name, recording in opened.items()}
     tried = len(trials(candidates, rates))
     total = tried * sum(counts.values())
     about = {
-        "command": _command(recordings, to, codecs, rates, updates, seed, structure, memory),
+        "command": _command(recordings, to, codecs, peers, rates, updates, seed, structure, memory),
         "environment": _environment(seed),
         "recordings": {name: _origin(recording) for name, recording in opened.items()},
     }
+    if versions:
+        about["peers"] = versions
     found = BenchResult([])
     finished = 0
     for name, recording in opened.items():
@@ -153,6 +160,7 @@ def _command(
     recordings: Sequence[Path | str],
     to: Path | str,
     codecs: Sequence[str],
+    peers: Sequence[str],
     rates: Sequence[float],
     updates: int,
     seed: int,
@@ -164,6 +172,8 @@ def _command(
         words += ["--recording", str(folder)]
     for codec in codecs:
         words += ["--codec", codec]
+    for peer in peers:
+        words += ["--peer", peer]
     for rate in rates if tuple(rates) != RATES else ():
         words += ["--rate", f"{rate:g}"]
     words += ["--updates", str(updates), "--seed", str(seed), "--to", str(to)]

@@ -89,6 +89,12 @@ def _complete_codec(incomplete: str) -> list[str]:
     return [name for name in codec_names() if name.startswith(incomplete)]
 
 
+def _complete_peer(incomplete: str) -> list[str]:
+    from cgfedllm.analysis.peers import peer_names
+
+    return [name for name in peer_names() if name.startswith(incomplete)]
+
+
 def _complete_key(incomplete: str) -> list[str]:
     from cgfedllm.config import known_keys
 
@@ -517,6 +523,16 @@ def _bench_codecs(
             autocompletion=_complete_codec,
         ),
     ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="NAME",
+            help="Also another project's compressor, where installed: nncodec, zfp, sz3; may be "
+            "repeated.",
+            autocompletion=_complete_peer,
+        ),
+    ] = None,
     rates: Annotated[
         list[float] | None,
         typer.Option(
@@ -567,6 +583,7 @@ def _bench_codecs(
             list(recordings),
             target,
             codecs=codecs or (),
+            peers=peers or (),
             rates=rates or (),
             updates=updates,
             seed=seed,

@@ -58,7 +58,7 @@ def test_tables_figures_and_the_terminal(cli: Cli, tmp_path: Path) -> None:
     facts = list(csv.DictReader((tmp_path / "out" / "structure.csv").open()))
     assert {row["recording"] for row in facts} == {"one", "two"}
     assert "excess kurtosis within factors" in {row["fact"] for row in facts}
-    for figure in ("rate_snr", "rate_cosine", "modules_one", "modules_two"):
+    for figure in ("rate_snr", "rate_cosine", "modules_one", "modules_two", "codecs/int8"):
         assert (tmp_path / "out" / f"{figure}.png").stat().st_size > 5000
         assert (tmp_path / "out" / f"{figure}.svg").exists()
     assert "one, open loop" in result.stdout

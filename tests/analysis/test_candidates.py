@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 
 from cgfedllm.analysis.candidates import candidates_of, parse_codec, parse_variant, slug_of
-from cgfedllm.config import Config
+from cgfedllm.analysis.tuning import parse_tuning
+from cgfedllm.config import Config, load_config
 from cgfedllm.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
 BASE = Config(name="x")
 
 
@@ -112,3 +119,45 @@ def test_folder_names() -> None:
     long = [slug_of(f"{'x' * 100}{end}") for end in "ab"]
     assert len(set(long)) == 2
     assert all(len(slug) == 80 for slug in long)
+
+
+# ---- the commands of docs/codecs.md -------------------------------------------------------------
+
+
+def documented_comparisons() -> list[list[str]]:
+    """Arguments of every `cgfedllm compare` in the page's code blocks."""
+    page = (ROOT / "docs" / "codecs.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [shlex.split(line)[2:] for line in re.findall(r"^cgfedllm compare .*", page, re.M)]
+
+
+def given(arguments: list[str], option: str) -> list[str]:
+    return [value for key, value in pairwise(arguments) if key == option]
+
+
+@pytest.mark.parametrize("arguments", documented_comparisons(), ids=["variants", "codecs"])
+def test_documented_comparisons_are_read(arguments: list[str]) -> None:
+    base = load_config(ROOT / arguments[0])
+    codecs, variants = given(arguments, "--codec"), given(arguments, "--variant")
+    found = candidates_of(base, codecs, variants)
+    assert [c.label for c in found] == codecs + [v.partition(":")[0] for v in variants]
+    tuning = parse_tuning(given(arguments, "--tune"), 4, base, (0, 1, 2))
+    assert tuning
+    for candidate in found:
+        assert len(tuning.trials(base, candidate)) == 2
+
+
+def test_documented_variants_are_what_they_are_called() -> None:
+    arguments = documented_comparisons()[0]
+    base = load_config(ROOT / arguments[0])
+    steps = base.federation.rounds * (base.training.local_steps or 0)
+    for candidate in candidates_of(base, [], given(arguments, "--variant")):
+        config = candidate.config(base)
+        kind, _, codec = candidate.label.partition("-")
+        assert config.uplink.name == codec
+        assert config.lora.alpha / config.lora.rank == base.lora.alpha / base.lora.rank
+        assert config.federation.rounds * (config.training.local_steps or 0) == steps
+        assert {
+            f"rank{config.lora.rank}": config.lora.rank < base.lora.rank,
+            "ffa": config.lora.freeze_a,
+            f"rounds{config.federation.rounds}": config.federation.rounds < base.federation.rounds,
+        }[kind]

@@ -109,6 +109,18 @@ def test_one_after_the_other(parts: list[np.ndarray]) -> None:
     reader.finish()
 
 
+@pytest.mark.parametrize("scale", [0.1, 2.0, 40.0, 1e5])
+def test_levels_over_several_blocks(scale: float) -> None:
+    values = np.rint(np.random.default_rng(7).laplace(scale=scale, size=150_001))
+    values = values.clip(-MAX_LEVEL, MAX_LEVEL).astype(np.int32)
+    blob = written_levels(values)
+    reader = SymbolReader(blob)
+    assert (reader.levels(values.size) == values).all()
+    reader.finish()
+    if scale < 10:
+        assert written_levels(values.astype(np.int8)) == blob
+
+
 def test_nothing_written_is_nothing_sent() -> None:
     assert SymbolWriter().finish() == b""
     SymbolReader(b"").finish()

@@ -27,8 +27,7 @@ from cgfedllm.analysis.fidelity import Fidelity, ModuleFidelity
 from cgfedllm.analysis.models import factor_components, gaussian_snr_db, spectrum_components
 from cgfedllm.analysis.open_loop_rows import ModelRow, ModuleRow, OpenLoop, OpenLoopRow, Refusal
 from cgfedllm.analysis.samples import UPDATES, Sample, choose, load_samples
-from cgfedllm.analysis.trials import RATES, Trial, trials
-from cgfedllm.codecs import Codec
+from cgfedllm.analysis.trials import RATES, Coder, Trial, trials
 from cgfedllm.errors import CodecError
 
 if TYPE_CHECKING:
@@ -257,7 +256,7 @@ def _weighted_mean(vectors: Sequence[Float32Array], weights: Sequence[float]) ->
     return mean.astype(np.float32)
 
 
-def _peak_bytes(codec: Codec, sample: Sample) -> int:
+def _peak_bytes(codec: Coder, sample: Sample) -> int:
     """Most memory that Python and NumPy took at once for one update and its way back."""
     tracemalloc.start()
     try:

@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.analysis.candidates import parse_codec
-from cgfedllm.codecs import Codec, codec_class, make_codec
+from cgfedllm.analysis.peers import PeerCoder, is_peer, make_peer
+from cgfedllm.codecs import CodecContext, codec_class, make_codec
 from cgfedllm.config import Config
 
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Bits per parameter that rate-controlled codecs are asked for."""
 
 
+class Coder(Protocol):
+    """What the bench needs of a codec, and has of a peer too."""
+
+    def encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
+        """As `Codec.encode`."""
+
+    def decode(self, blob: bytes, context: CodecContext) -> AdapterUpdate:
+        """As `Codec.decode`."""
+
+
 @dataclass(frozen=True)
 class Trial:
-    """A codec with its options at one rate, not made yet."""
+    """A codec or peer with its options at one rate, not made yet."""
 
     codec: str
     options: dict[str, Any]
@@ -28,14 +40,16 @@ class Trial:
         """For people."""
         return candidate_label(self.codec, self.options)
 
-    def make(self) -> Codec:
-        """Build the codec.
+    def make(self) -> Coder:
+        """Build the codec, or a peer at the rate.
 
         Raises
         ------
         CodecError
             If the codec does not accept the options or the rate.
         """
+        if is_peer(self.codec):
+            return PeerCoder(make_peer(self.codec), float(self.options["bpp"]))
         return make_codec(self.codec, self.options)
 
 
@@ -64,7 +78,7 @@ def candidate_label(codec: str, options: dict[str, Any]) -> str:
 def trials(
     candidates: Sequence[tuple[str, dict[str, Any]]], rates: Sequence[float] = RATES
 ) -> list[Trial]:
-    """Every candidate at every rate: a codec that has an option ``bpp`` is run at each.
+    """Every candidate at every rate: a codec that has an option ``bpp``, or a peer, at each.
 
     Parameters
     ----------
@@ -80,7 +94,7 @@ def trials(
     """
     result = []
     for name, options in candidates:
-        if "bpp" not in codec_class(name).Options.model_fields:
+        if not is_peer(name) and "bpp" not in codec_class(name).Options.model_fields:
             result.append(Trial(name, options))
         elif "bpp" in options:
             result.append(Trial(name, options, float(options["bpp"])))

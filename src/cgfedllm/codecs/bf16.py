@@ -20,6 +20,7 @@ class Bf16(Codec):
     kind = "control"
     rates = "16 bits"
     summary = "bfloat16: 16 bits a parameter, relative error at most 2^-8"
+    paper = "Kalamkar et al., arXiv 1905.12322"
 
     def payload_size(self, spec: AdapterSpec) -> int:
         """Two bytes a parameter."""

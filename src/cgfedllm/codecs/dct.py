@@ -97,11 +97,12 @@ class Dct(Codec):
         classes = _classes(stacks)
         if classes.any():
             budget -= _class_bits(classes)
+        members = _members(stacks, classes)
         if self.options.selection == "chunk":
-            quantiser = self._keep_of_each_chunk(stacks, classes, budget)
-            members = _members(stacks, classes)
+            ranks = _members([self._to_ranks(stack) for stack in stacks], classes)
+            stacks.clear()
+            quantiser = _keep_of_each_chunk(members, ranks, budget)
         else:
-            members = _members(stacks, classes)
             stacks.clear()
             quantiser = finest_within(Histogram(members), budget, DEAD_ZONES[1:], _FINEST)
         if quantiser is None:
@@ -136,6 +137,7 @@ class Dct(Codec):
             parts = np.split(points, np.cumsum(sizes)[:-1])
             for stack, a, part in zip(stacks, at, parts, strict=True):
                 stack[a] = part.reshape(-1, *stack.shape[1:])
+            del points, parts, part
         reader.finish()
         unit = float(step) / _POINTS * 2.0**-_VALUE_BITS
         vector = np.empty(context.spec.size, np.float32)
@@ -171,37 +173,14 @@ class Dct(Codec):
     def _both(self, stack: Float32Array) -> bool:
         return self.options.axes == "both" and stack.shape[1] > 1
 
-    def _keep_of_each_chunk(
-        self, stacks: list[Float32Array], classes: NDArray[np.int64], budget: float
-    ) -> Quantiser | None:
-        """Set all but the largest coefficients of every chunk to zero; the quantiser for them."""
-        ranks = [self._ranks(stack) for stack in stacks]
-        low, high, share = _FEWEST, 1.0, 1.0
-        for _ in range(_SEARCHES):
-            kept = [np.where(r < share, s, 0) for s, r in zip(stacks, ranks, strict=True)]
-            histogram = Histogram(_members(kept, classes))
-            quantiser = _quantiser_of(kept)
-            bits = histogram.try_out(quantiser)[0] if quantiser else 0.0
-            if bits <= budget and share == 1.0:
-                # all of them fit: what is left goes into finer values
-                return finest_within(histogram, budget, DEAD_ZONES[:2], _FINEST)
-            low, high = (share, high) if bits <= budget else (low, share)
-            if 0.995 * budget < bits <= budget:
-                break
-            share = float(np.sqrt(low * high))
-        for stack, rank in zip(stacks, ranks, strict=True):
-            stack[rank >= low] = 0
-        return _quantiser_of(stacks)
-
-    def _ranks(self, stack: Float32Array) -> Float32Array:
-        """Rank of each coefficient's magnitude in its chunk, from 0 to below 1.
+    def _to_ranks(self, stack: Float32Array) -> Float32Array:
+        """Replace each coefficient by the rank of its magnitude in its chunk, 0 to below 1.
 
         A share s of the coefficients of every chunk has ranks below s; where that is no whole
         number, so many chunks in turn keep one more.
         """
         _, rows, columns = stack.shape
         chunk = self.options.chunk
-        ranks = np.empty(stack.shape, np.float32)
         for top in range(0, rows, chunk):
             for left in range(0, columns, chunk):
                 where = np.s_[:, top : top + chunk, left : left + chunk]
@@ -213,8 +192,31 @@ class Dct(Codec):
                 rank = (np.arange(flat.shape[1]) + turn[:, None]) / flat.shape[1]
                 sorted_ranks = np.empty(flat.shape, np.float32)
                 np.put_along_axis(sorted_ranks, order, rank.astype(np.float32), axis=1)
-                ranks[where] = sorted_ranks.reshape(part.shape)
-        return ranks
+                part[...] = sorted_ranks.reshape(part.shape)
+        return stack
+
+
+def _keep_of_each_chunk(
+    members: list[Float32Array], ranks: list[Float32Array], budget: float
+) -> Quantiser | None:
+    """Set all but the largest coefficients of every chunk to zero; the quantiser for them."""
+    low, high, share = _FEWEST, 1.0, 1.0
+    for _ in range(_SEARCHES):
+        kept = [np.where(r < share, m, 0) for m, r in zip(members, ranks, strict=True)]
+        histogram = Histogram(kept)
+        quantiser = _quantiser_of(kept)
+        bits = histogram.try_out(quantiser)[0] if quantiser else 0.0
+        if bits <= budget and share == 1.0:
+            # all of them fit: what is left goes into finer values
+            return finest_within(histogram, budget, DEAD_ZONES[:2], _FINEST)
+        low, high = (share, high) if bits <= budget else (low, share)
+        if 0.995 * budget < bits <= budget:
+            break
+        share = float(np.sqrt(low * high))
+        del kept
+    for own, rank in zip(members, ranks, strict=True):
+        own[rank >= low] = 0
+    return _quantiser_of(members)
 
 
 def _quantiser_of(kept: list[Float32Array]) -> Quantiser | None:

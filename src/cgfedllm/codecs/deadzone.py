@@ -14,7 +14,7 @@ t and theta are searched here on the histogram at hand instead of being derived 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cgfedllm.adapter import Float32Array
-from cgfedllm.codecs.entropy import Int32Array, SymbolReader, SymbolWriter, levels_bits
+from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter, blocks, levels_bits
 
 Float64Array = NDArray[np.float64]
+IntArray = NDArray[np.signedinteger[Any]]
 
 # histogram bins are runs of float32 bit patterns: 1024 an octave, 0.1 % wide, for 24 octaves
 _DROPPED_BITS = 13
@@ -32,7 +33,6 @@ _BINS = 24 << (23 - _DROPPED_BITS)
 # a step below this times the largest magnitude would overflow the levels
 _SMALLEST_RATIO = 2.0**-22
 _SMALLEST_STEP = 2.0**-126
-_BLOCK = 1 << 17
 _LARGEST = float(np.finfo(np.float32).max)
 # more levels than this are lumped together while searching
 _SEARCHED_LEVELS = 1024
@@ -59,22 +59,25 @@ class Quantiser:
     threshold: float
     offset: float
 
-    def levels(self, values: Float32Array) -> Int32Array:
-        """Signed levels of a vector."""
-        levels = np.empty(values.size, np.int32)
-        for block in _blocks(values.size):
+    def levels(self, values: Float32Array) -> IntArray:
+        """Signed levels of a vector, in the smallest integers that hold them."""
+        largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+        # the largest level is at most one above this; one more is for rounding, one for the sign
+        bound = int(largest / self.step) + 3
+        levels: IntArray = np.empty(values.size, np.min_scalar_type(-bound))
+        for block in blocks(values.size):
             self._level(values[block], levels[block])
         return levels
 
-    def _level(self, values: Float32Array, out: Int32Array) -> None:
+    def _level(self, values: Float32Array, out: IntArray) -> None:
         scaled = np.abs(values)
         scaled *= np.float32(1 / self.step)
-        dead = scaled < np.float32(self.threshold)
+        alive = scaled >= np.float32(self.threshold)
         scaled += np.float32(1 - self.offset)
-        np.copyto(out, scaled, casting="unsafe")
-        np.maximum(out, 1, out=out)
-        out[dead] = 0
-        np.negative(out, out=out, where=values < 0)
+        np.maximum(scaled, 1, out=scaled)
+        scaled *= alive
+        np.copysign(scaled, values, out=scaled)
+        np.copyto(out, scaled, casting="unsafe")  # cuts off what is below the point
 
 
 class Histogram:
@@ -136,7 +139,7 @@ class Histogram:
 
     def _count(self, values: Float32Array) -> NDArray[np.int64]:
         counts = np.zeros(_BINS, np.int64)
-        for block in _blocks(values.size):
+        for block in blocks(values.size):
             bins = np.abs(values[block]).view(np.int32)
             bins >>= _DROPPED_BITS
             bins -= self._first
@@ -249,53 +252,51 @@ def design_for_slope(histogram: Histogram, slope: float) -> Design | None:
     return Design(best[1]) if best[0] < histogram.energy else None
 
 
-def write_levels(
-    writer: SymbolWriter, values: Float32Array, levels: Int32Array, step: float
-) -> None:
+def write_levels(writer: SymbolWriter, values: Float32Array, levels: IntArray, step: float) -> None:
     """Write the levels of one class and the shifts of their reconstruction points."""
     writer.levels(levels)
-    magnitudes = np.abs(levels)
+    counts, sums, along = np.zeros((3, _SHIFTS + 1))
+    for block in blocks(levels.size):
+        own, sizes = np.abs(levels[block]), np.abs(values[block])
+        for group in range(1, min(int(own.max()), _SHIFTS) + 1):
+            at = _in_group(own, group)
+            counts[group] += np.count_nonzero(at)
+            # faster than picking them out, which the processor cannot foresee
+            sums[group] += np.multiply(own, at).sum(dtype=np.int64)
+            along[group] += np.multiply(sizes, at).sum(dtype=np.float64)
     for group in range(1, _SHIFTS + 1):
-        at = np.flatnonzero(magnitudes == group if group < _SHIFTS else magnitudes >= group)
-        if at.size:
-            mean = np.abs(values[at]).mean(dtype=np.float64) / step
-            shift = magnitudes[at].mean(dtype=np.float64) - mean
-            writer.bits(int(np.clip(np.rint(32 * shift) + 16, 0, 31)), _SHIFT_BITS)
+        if not counts[group]:
+            continue
+        shift = (sums[group] - along[group] / step) / counts[group]
+        writer.bits(int(np.clip(np.rint(32 * shift) + 16, 0, 31)), _SHIFT_BITS)
 
 
 def read_levels(reader: SymbolReader, count: int, step: np.float32) -> Float32Array:
     """Read one class back, as values."""
     levels = reader.levels(count)
-    lowest, highest = int(levels.min(initial=0)), int(levels.max(initial=0))
-    if highest - lowest > count:  # levels far apart, or bytes that no writer wrote
-        distinct, index = np.unique(levels, return_inverse=True)
-        return np.take(_points(reader, distinct, step), index)
-    present = np.zeros(highest - lowest + 1, bool)
-    levels -= lowest
-    present[levels] = True
-    signed = np.flatnonzero(present) + lowest
-    table = np.zeros(present.size, np.float32)
-    table[signed - lowest] = _points(reader, signed, step)
-    return np.take(table, levels)
-
-
-def _points(reader: SymbolReader, signed: NDArray[Any], step: np.float32) -> Float32Array:
-    """Read the shifts and give the values of the levels that occur."""
-    magnitudes = np.abs(signed)
-    groups = np.minimum(magnitudes, _SHIFTS)
-    shifts = np.zeros(_SHIFTS + 1, np.float64)
-    for group in range(1, _SHIFTS + 1):
-        if (groups == group).any():
-            shifts[group] = (int(reader.bits(_SHIFT_BITS, 1)[0]) - 16) / 32
-    points = np.sign(signed) * (magnitudes - shifts[groups]) * float(step)
-    values: Float32Array = np.clip(points, -_LARGEST, _LARGEST).astype(np.float32)
+    present: set[int] = set()
+    for block in blocks(count):
+        own = np.abs(levels[block])
+        missing = {*range(1, min(int(own.max()), _SHIFTS) + 1)} - present
+        present |= {group for group in missing if _in_group(own, group).any()}
+    shifts = np.zeros(2 * _SHIFTS + 1)  # of levels -3, ..., 3
+    for group in sorted(present):
+        shift = (int(reader.bits(_SHIFT_BITS, 1)[0]) - 16) / 32
+        shifts[_SHIFTS + group], shifts[_SHIFTS - group] = shift, -shift
+    # levels become values in their own memory
+    values = levels.view(np.float32)
+    for block in blocks(count):
+        own = levels[block]
+        points: Float64Array = np.take(shifts, own + _SHIFTS, mode="clip")
+        np.subtract(own, points, out=points)
+        points *= float(step)
+        values[block] = np.clip(points, -_LARGEST, _LARGEST, out=points)
     return values
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    """Pieces that fit the cache: several passes over each are then faster than over the whole."""
-    for start in range(0, size, _BLOCK):
-        yield slice(start, start + _BLOCK)
+def _in_group(magnitudes: IntArray, group: int) -> NDArray[np.bool_]:
+    """Which ones share a shift: 1, 2, or 3 and more."""
+    return np.asarray(magnitudes == group if group < _SHIFTS else magnitudes >= group)
 
 
 def _groups(top: int) -> list[slice]:

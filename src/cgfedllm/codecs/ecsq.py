@@ -31,6 +31,7 @@ from cgfedllm.codecs.deadzone import (
     read_levels,
     write_levels,
 )
+from cgfedllm.codecs.draws import random_order
 from cgfedllm.codecs.entropy import Int32Array, SymbolReader, SymbolWriter
 from cgfedllm.codecs.rate import payload_bits
 from cgfedllm.errors import PacketError
@@ -106,7 +107,7 @@ class Ecsq(Codec):
         if design is None:
             return b""
         share = min(int(np.rint(design.share * _WHOLE)), _WHOLE)
-        draw = zlib.crc32(update.vector.tobytes()) & 0xFFFF if share < _WHOLE else 0
+        draw = zlib.crc32(update.vector.data) & 0xFFFF if share < _WHOLE else 0
         writer = SymbolWriter()
         writer.float32(design.quantiser.step)
         writer.uniform(np.array([share, draw]), _WHOLE + 1)
@@ -135,7 +136,7 @@ class Ecsq(Codec):
                 values = read_levels(reader, size, step)
             else:
                 values = np.zeros(size, np.float32)
-                values[chosen] = read_levels(reader, chosen.size, step)
+                values[chosen] = read_levels(reader, int(np.count_nonzero(chosen)), step)
             start = 0
             for factor in own:
                 vector[context.spec.slices[factor.name]] = values[start : start + factor.size]
@@ -146,15 +147,15 @@ class Ecsq(Codec):
 
 def _chosen(
     context: CodecContext, which: int, size: int, share: int, draw: int
-) -> NDArray[np.int64] | slice:
-    """Places of the values of one class that are sent; both ends draw the same ones."""
+) -> NDArray[np.bool_] | slice:
+    """Which values of one class are sent; both ends draw the same ones."""
     if share >= _WHOLE:
         return slice(None)
     rng = generator(context.seed, "ecsq", context.round, draw, which)
     runs = -(-size // _RUN)
-    first = np.sort(rng.permutation(runs)[: round(runs * share / _WHOLE)])
-    places = (first[:, None] * _RUN + np.arange(_RUN)[None, :]).reshape(-1)
-    return places[places < size]
+    sent = np.zeros((runs, _RUN), bool)
+    sent[random_order(rng, runs)[: round(runs * share / _WHOLE)]] = True
+    return sent.reshape(-1)[:size]
 
 
 def _classes(update: AdapterUpdate) -> Int32Array:

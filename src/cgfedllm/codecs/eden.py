@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,9 @@ from pydantic import Field
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.hadamard import LENGTH, padded_shape, random_signs, transform
+from cgfedllm.codecs.draws import apply_signs, random_signs
+from cgfedllm.codecs.entropy import blocks
+from cgfedllm.codecs.hadamard import LENGTH, padded_shape, transform
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import PacketError
 from cgfedllm.seeding import generator
@@ -69,7 +72,7 @@ class Eden(Codec):
     kind = "element-wise"
     rates = "0.01 to 4 bits"
     summary = "random rotation, then Lloyd-Max at 1 to 4 bits; below 1 bit by subsampling"
-    paper = "EDEN, arXiv 2108.08842"
+    paper = "EDEN, Vargaftik et al., arXiv 2108.08842"
     Options = EdenOptions
 
     options: EdenOptions
@@ -83,7 +86,7 @@ class Eden(Codec):
         planes = self._planes(context.spec)
         if not planes:
             return b""
-        seed = zlib.crc32(update.vector.tobytes())
+        seed = zlib.crc32(update.vector.data)
         largest = float(np.abs(update.vector).max())
         if not largest:
             return bytes(self.payload_size(context.spec))
@@ -91,12 +94,12 @@ class Eden(Codec):
         values = np.zeros(shape, np.float32)
         flat = values.reshape(-1)[: update.vector.size]
         np.divide(update.vector, np.float32(largest), out=flat)
-        values *= self._signs(context, seed, values.size).reshape(shape)
-        transform(values)
         rotated = values.reshape(-1)
-        sigma = float(np.sqrt(_inner(rotated, rotated) / rotated.size))
-        levels, quantised = self._quantise(rotated, sigma, planes)
-        scale = self._scale(rotated, quantised) * largest / LENGTH
+        apply_signs(rotated, self._signs(context, seed, rotated.size))
+        transform(values)
+        energy = _inner(rotated, rotated)
+        levels = _levels(rotated, float(np.sqrt(energy / rotated.size)), planes)
+        scale = self._scale(rotated, levels, planes, energy) * largest / LENGTH
         body = b"".join(
             np.packbits(levels[:count] >> plane & 1).tobytes() for plane, count in enumerate(planes)
         )
@@ -118,15 +121,17 @@ class Eden(Codec):
             bits = np.frombuffer(payload, np.uint8, count=length, offset=at)
             levels[:count] |= np.unpackbits(bits, count=count) << plane
             at += length
-        shape = padded_shape(context.spec.size)
-        values = np.zeros(shape, np.float32)
-        self._points(levels, planes, out=values.reshape(-1))
+        values = np.zeros(padded_shape(context.spec.size), np.float32)
+        rotated = values.reshape(-1)
+        for bits_each, part in _parts(planes):
+            rotated[part] = np.take(_POINTS[bits_each], levels[part])
         transform(values)
-        values *= self._signs(context, seed, values.size).reshape(shape)
+        apply_signs(rotated, self._signs(context, seed, rotated.size))
+        vector = rotated[: context.spec.size]
         with np.errstate(over="ignore"):  # cut off below
-            values *= np.float32(scale)
-        np.clip(values, -_LARGEST, _LARGEST, out=values)
-        return values.reshape(-1)[: context.spec.size].copy()
+            vector *= np.float32(scale)
+        np.clip(vector, -_LARGEST, _LARGEST, out=vector)
+        return vector.copy()
 
     def _planes(self, spec: AdapterSpec) -> list[int]:
         """How many coordinates each bit plane covers: all, all, ..., some."""
@@ -140,54 +145,43 @@ class Eden(Codec):
             budget -= -(-count // 8)
         return planes
 
-    def _signs(self, context: CodecContext, seed: int, count: int) -> Float32Array:
+    def _signs(self, context: CodecContext, seed: int, count: int) -> NDArray[np.uint8]:
         return random_signs(generator(context.seed, "eden", context.round, seed), count)
 
-    def _quantise(
-        self, rotated: Float32Array, sigma: float, planes: list[int]
-    ) -> tuple[NDArray[np.uint8], Float32Array]:
-        """Level numbers of the coordinates sent, and their centroids on the rotated scale."""
-        sent = rotated[: planes[0]]
-        index = (sent * np.float32(_PER_SIGMA / sigma)).clip(-_REACH, _REACH - 1)
+    def _scale(
+        self, rotated: Float32Array, levels: NDArray[np.uint8], planes: list[int], energy: float
+    ) -> float:
+        aligned = square = 0.0
+        for bits, part in _parts(planes):
+            points = np.take(_POINTS[bits], levels[part])
+            aligned += _inner(rotated[part], points)
+            square += _inner(points, points)
+        return energy / aligned if self.options.scaling == "unbiased" else aligned / square
+
+
+def _levels(rotated: Float32Array, sigma: float, planes: list[int]) -> NDArray[np.uint8]:
+    """Level numbers of the coordinates sent."""
+    levels = np.empty(planes[0], np.uint8)
+    for bits, part in _parts(planes):
+        index = (rotated[part] * np.float32(_PER_SIGMA / sigma)).clip(-_REACH, _REACH - 1)
         index += np.float32(_REACH)
-        places = index.astype(np.int32)
-        levels = np.empty(sent.size, np.uint8)
-        for bits, part in _parts(planes):
-            levels[part] = np.take(_LEVELS[bits], places[part])
-        points = np.zeros(sent.size, np.float32)
-        self._points(levels, planes, out=points)
-        return levels, points
-
-    def _points(self, levels: NDArray[np.uint8], planes: list[int], out: Float32Array) -> None:
-        for bits, part in _parts(planes):
-            out[part] = np.take(_POINTS[bits], levels[part])
-
-    def _scale(self, rotated: Float32Array, points: Float32Array) -> float:
-        aligned = _inner(rotated[: points.size], points)
-        if self.options.scaling == "unbiased":
-            return _inner(rotated, rotated) / aligned
-        return aligned / _inner(points, points)
+        levels[part] = np.take(_LEVELS[bits], index.astype(np.int32))
+    return levels
 
 
 def _inner(a: Float32Array, b: Float32Array) -> float:
     """Inner product in float64, in an order that does not depend on threads."""
-    block = 1 << 17
     return float(
-        sum(
-            np.multiply(a[at : at + block], b[at : at + block], dtype=np.float64).sum()
-            for at in range(0, a.size, block)
-        )
+        sum(np.multiply(a[block], b[block], dtype=np.float64).sum() for block in blocks(a.size))
     )
 
 
-def _parts(planes: list[int]) -> list[tuple[int, slice]]:
-    """Bits a coordinate, and the coordinates that have as many."""
+def _parts(planes: list[int]) -> Iterator[tuple[int, slice]]:
+    """Bits a coordinate, and blocks of the coordinates that have as many."""
     ends = [*planes[1:], 0]
-    return [
-        (bits, slice(end, start))
-        for bits, (start, end) in enumerate(zip(planes, ends, strict=True), start=1)
-        if start > end
-    ]
+    for bits, (start, end) in enumerate(zip(planes, ends, strict=True), start=1):
+        for block in blocks(start - end):
+            yield bits, slice(end + block.start, end + block.stop)
 
 
 def _points_of(bits: int) -> Float32Array:

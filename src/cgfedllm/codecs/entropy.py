@@ -16,6 +16,7 @@ made for the values at hand and sent ahead of them, 6 bits an entry.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import isqrt
 from typing import Any, cast
 
@@ -33,7 +34,9 @@ _TOTAL = 1 << 16
 _CODE_BITS = 6
 # largest size `uniform` takes in one go: the coder's probabilities have 24 bits
 _MAX_UNIFORM_BITS = 16
-_PIECE = 1 << 18
+_BLOCK = 1 << 16
+# up to so many kinds of numbers, comparing with each is faster than bincount
+_FEW = 8
 # magnitudes from here on are escaped; more entries would cost more table than they save
 _ESCAPE = 64
 MAX_LEVEL = (1 << 24) - 1
@@ -54,18 +57,16 @@ class SymbolWriter:
 
     def uniform(self, values: IntLike, size: int) -> None:
         """Write numbers in ``[0, size)``, all equally likely; ``size`` at most 2^16."""
-        array = np.atleast_1d(np.asarray(values)).astype(np.int32, copy=False)
-        if size > 1 and array.size:
-            self._encoder.encode(
-                np.ascontiguousarray(array.reshape(-1)), stream.model.Uniform(size)
-            )
+        if size > 1:
+            self._encode(np.asarray(values), stream.model.Uniform(size))
 
     def bits(self, values: IntLike, width: int) -> None:
         """Write numbers in ``[0, 2^width)``, width at most 63."""
-        array = np.atleast_1d(np.asarray(values)).astype(np.int64)
-        for shift in range(0, width, _MAX_UNIFORM_BITS):
-            part = min(_MAX_UNIFORM_BITS, width - shift)
-            self.uniform((array >> shift) & ((1 << part) - 1), 1 << part)
+        array = np.asarray(values).reshape(-1)
+        for shift, part in _parts(width):
+            for block in blocks(array.size):
+                own = array[block].astype(np.int64)
+                self.uniform((own >> shift) & ((1 << part) - 1), 1 << part)
 
     def float32(self, values: NDArray[np.float32] | float) -> None:
         """Write float32 values, 32 bits each."""
@@ -76,27 +77,35 @@ class SymbolWriter:
         """Write numbers in ``[0, size)`` after a table of how often each occurs."""
         if not values.size:
             return
-        values = np.ascontiguousarray(values.reshape(-1), dtype=np.int32)
-        codes = frequency_codes(occurrences(values, size))
-        self.uniform(codes, _LAST_CODE + 1)
-        if np.count_nonzero(codes) > 1:
-            self._encoder.encode(values, _table(codes))
+        table = self._write_table(occurrences(values, size))
+        if table is not None:
+            self._encode(values, table)
 
     def levels(self, values: NDArray[Any]) -> None:
         """Write signed integers of magnitude up to `MAX_LEVEL`: magnitudes, escapes, signs."""
-        magnitudes = np.abs(values.reshape(-1))
-        if not magnitudes.size:
+        values = values.reshape(-1)
+        if not values.size:
             return
-        size = min(int(magnitudes.max()), _ESCAPE) + 1
+        counts = np.trim_zeros(_magnitude_counts(values), "b")
+        size = counts.size
         self.uniform(size - 1, _ESCAPE + 1)
         if size == 1:
             return
-        self.symbols(magnitudes if size <= _ESCAPE else np.minimum(magnitudes, _ESCAPE), size)
+        table = self._write_table(counts)
+        if table is not None:
+            for own in _magnitudes(values):
+                self._encode(np.minimum(own, _ESCAPE, out=own), table)
         if size > _ESCAPE:
-            self._gamma(magnitudes[magnitudes >= _ESCAPE] - (_ESCAPE - 1))
-        nonzero = values.reshape(-1)
-        nonzero = nonzero[nonzero != 0]
-        self.uniform(nonzero < 0, 2)
+            large = np.empty(counts[_ESCAPE], np.int32)
+            start = 0
+            for own in _magnitudes(values):
+                own = own[own >= _ESCAPE]
+                large[start : start + own.size] = own - (_ESCAPE - 1)
+                start += own.size
+            self._gamma(large)
+        for block in blocks(values.size):
+            own = values[block]
+            self.uniform(own[own != 0] < 0, 2)
 
     @property
     def spent(self) -> int:
@@ -105,15 +114,31 @@ class SymbolWriter:
 
     def finish(self) -> bytes:
         """All that was written, as bytes; the last one is never zero."""
-        words = self._encoder.get_compressed().astype("<u4")
+        words = self._encoder.get_compressed().astype("<u4", copy=False)
         return cast(bytes, words.tobytes()).rstrip(b"\0")
 
     def _gamma(self, values: NDArray[Any]) -> None:
         """Numbers from 1 to 2^24: the number of bits, then the bits below the first."""
-        widths = _bit_lengths(values) - 1
+        widths = _widths(values)
         self.symbols(widths, _GAMMA_WIDTHS)
-        for width in np.unique(widths[widths > 0]):
-            self.bits(values[widths == width] - (1 << int(width)), int(width))
+        for width in _widths_above_0(widths):
+            for shift, part in _parts(width):
+                for block in blocks(values.size):
+                    own = values[block][widths[block] == width]
+                    # the mask of the last part takes the first bit away
+                    self.uniform((own >> shift) & ((1 << part) - 1), 1 << part)
+
+    def _write_table(self, counts: NDArray[np.int64]) -> Any:
+        """Write the table of some counts and give its model; None if only one symbol occurs."""
+        codes = frequency_codes(counts)
+        self.uniform(codes, _LAST_CODE + 1)
+        return _table(codes) if np.count_nonzero(codes) > 1 else None
+
+    def _encode(self, values: NDArray[Any], model: Any) -> None:
+        # the coder keeps its state from call to call: in blocks, its int32 copies stay small
+        values = values.reshape(-1)
+        for block in blocks(values.size):
+            self._encoder.encode(np.ascontiguousarray(values[block], np.int32), model)
 
 
 class SymbolReader:
@@ -144,9 +169,10 @@ class SymbolReader:
     def bits(self, width: int, count: int) -> NDArray[np.int64]:
         """Read `count` numbers in ``[0, 2^width)``."""
         values = np.zeros(count, np.int64)
-        for shift in range(0, width, _MAX_UNIFORM_BITS):
-            part = min(_MAX_UNIFORM_BITS, width - shift)
-            values |= self.uniform(1 << part, count).astype(np.int64) << shift
+        for shift, part in _parts(width):
+            for block in blocks(count):
+                own = values[block]
+                own |= self.uniform(1 << part, own.size).astype(np.int64) << shift
         return values
 
     def float32(self, count: int) -> NDArray[np.float32]:
@@ -172,11 +198,11 @@ class SymbolReader:
             return np.zeros(count, np.int32)
         values = self.symbols(size, count)
         if size > _ESCAPE:
-            escaped = np.flatnonzero(values >= _ESCAPE)
-            values[escaped] = self._gamma(escaped.size) + (_ESCAPE - 1)
-        negative = values != 0
-        negative[negative] = self.uniform(2, int(np.count_nonzero(negative))) == 1
-        np.negative(values, out=values, where=negative)
+            self._escaped(values)
+        for block in blocks(count):
+            own = values[block]
+            at = np.flatnonzero(own)
+            own[at] *= 1 - 2 * self.uniform(2, at.size)
         return values
 
     def finish(self) -> None:
@@ -189,33 +215,66 @@ class SymbolReader:
             raise PacketError("range-coded payload holds more than this adapter needs")
 
     def _decode(self, table: Any, count: int) -> Int32Array:
+        values = np.empty(count, np.int32)
         try:
-            return cast(Int32Array, self._decoder.decode(table, count))
+            for block in blocks(count):
+                values[block] = self._decoder.decode(table, block.stop - block.start)
         except (AssertionError, ValueError) as error:
             raise PacketError(f"range-coded payload is not valid: {error}") from None
+        return values
+
+    def _escaped(self, values: Int32Array) -> None:
+        """Put the numbers that were escaped in their places."""
+        count = sum(int(np.count_nonzero(values[b] >= _ESCAPE)) for b in blocks(values.size))
+        large = self._gamma(count)
+        start = 0
+        for block in blocks(values.size):
+            own = values[block]
+            at = np.flatnonzero(own >= _ESCAPE)
+            own[at] = large[start : start + at.size]
+            own[at] += _ESCAPE - 1
+            start += at.size
 
     def _gamma(self, count: int) -> Int32Array:
-        widths = self.symbols(_GAMMA_WIDTHS, count)
-        values = np.left_shift(np.int32(1), widths)
-        for width in np.unique(widths[widths > 0]):
-            at = np.flatnonzero(widths == width)
-            values[at] += self.bits(int(width), at.size).astype(np.int32)
+        widths = self.symbols(_GAMMA_WIDTHS, count).astype(np.int8)
+        values = np.left_shift(np.int32(1), widths, dtype=np.int32)
+        for width in _widths_above_0(widths):
+            for shift, part in _parts(width):
+                for block in blocks(count):
+                    at = np.flatnonzero(widths[block] == width)
+                    values[block][at] += self.uniform(1 << part, at.size) << shift
         return values
 
 
 _GAMMA_WIDTHS = 25
 
 
+def blocks(size: int) -> Iterator[slice]:
+    """Blocks that fit the cache: several passes over each are faster than over the whole.
+
+    What is made on the way to a result is then a block's, too, whatever the update's size.
+    """
+    for start in range(0, size, _BLOCK):
+        yield slice(start, min(start + _BLOCK, size))
+
+
 def occurrences(values: NDArray[Any], size: int = 0) -> NDArray[np.int64]:
-    """How often 0, 1, 2, ... occur, at least `size` of them; in pieces, for the memory's sake."""
+    """How often 0, 1, 2, ... occur, at least `size` of them."""
     values = values.reshape(-1)
-    pieces = range(0, max(values.size, 1), _PIECE)
-    # bincount makes int64 of what it is given
-    counts = [np.bincount(values[at : at + _PIECE], minlength=size) for at in pieces]
-    total = np.zeros(max(map(len, counts)), np.int64)
+    counts = [_count(values[block], size) for block in blocks(values.size)]
+    total = np.zeros(max(map(len, counts), default=size), np.int64)
     for own in counts:
         total[: len(own)] += own
     return total
+
+
+def _count(values: NDArray[Any], size: int) -> NDArray[np.int64]:
+    top = int(values.max())
+    if top >= _FEW:
+        return np.bincount(values, minlength=size)
+    counts = np.zeros(max(size, top + 1), np.int64)
+    counts[: top + 1] = [np.count_nonzero(values == own) for own in range(top + 1)]
+    return counts
 
 
 def frequency_codes(counts: NDArray[Any]) -> Int32Array:
@@ -276,14 +335,11 @@ def levels_bits(counts: NDArray[Any]) -> float:
 
 def bits_of_levels(levels: NDArray[Any]) -> float:
     """Bits that `SymbolWriter.levels` spends on these levels; takes little memory."""
-    small = np.zeros(_ESCAPE + 1, np.int64)
+    small = _magnitude_counts(levels)
     widths = np.zeros(_GAMMA_WIDTHS, np.int64)
-    levels = levels.reshape(-1)
-    for at in range(0, levels.size, _PIECE):
-        magnitudes = np.abs(levels[at : at + _PIECE])
-        small += np.bincount(np.minimum(magnitudes, _ESCAPE), minlength=_ESCAPE + 1)
-        escaped = magnitudes[magnitudes >= _ESCAPE] - (_ESCAPE - 1)
-        if escaped.size:
+    if small[_ESCAPE]:
+        for magnitudes in _magnitudes(levels):
+            escaped = magnitudes[magnitudes >= _ESCAPE] - (_ESCAPE - 1)
             widths += np.bincount(_bit_lengths(escaped) - 1, minlength=_GAMMA_WIDTHS)
     return _levels_bits(np.trim_zeros(small[:_ESCAPE].astype(np.float64), "b"), widths)
 
@@ -314,6 +370,39 @@ def _symbols_bits(counts: NDArray[Any]) -> float:
 def _table(codes: NDArray[Any]) -> Any:
     # exact: each frequency is an integer below 2^16, divided by a power of two
     return stream.model.Categorical(frequencies(codes) / _TOTAL, perfect=False)
+
+
+def _magnitudes(levels: NDArray[Any]) -> Iterator[Int32Array]:
+    levels = levels.reshape(-1)
+    for block in blocks(levels.size):
+        own = levels[block].astype(np.int32)
+        yield np.abs(own, out=own)
+
+
+def _magnitude_counts(levels: NDArray[Any]) -> NDArray[np.int64]:
+    """How often magnitudes 0 to the escape occur; the last one stands for all from there on."""
+    counts = np.zeros(_ESCAPE + 1, np.int64)
+    for own in _magnitudes(levels):
+        counts += _count(np.minimum(own, _ESCAPE, out=own), _ESCAPE + 1)
+    return counts
+
+
+def _parts(width: int) -> Iterator[tuple[int, int]]:
+    """Numbers of `width` bits in parts that `uniform` takes: first bit and bits of each."""
+    for shift in range(0, width, _MAX_UNIFORM_BITS):
+        yield shift, min(_MAX_UNIFORM_BITS, width - shift)
+
+
+def _widths(values: Int32Array) -> NDArray[np.int8]:
+    """Bits below the first one of each positive number."""
+    widths = np.empty(values.size, np.int8)
+    for block in blocks(values.size):
+        widths[block] = _bit_lengths(values[block]) - 1
+    return widths
+
+
+def _widths_above_0(widths: NDArray[np.int8]) -> list[int]:
+    return [width for width, count in enumerate(occurrences(widths)) if width and count]
 
 
 def _bit_lengths(values: NDArray[Any]) -> Int32Array:

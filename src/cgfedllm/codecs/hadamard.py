@@ -25,12 +25,6 @@ def padded_shape(size: int) -> tuple[int, int]:
     return LENGTH, -(-size // LENGTH)
 
 
-def random_signs(rng: np.random.Generator, count: int) -> Float32Array:
-    """Independent signs, shape (count,)."""
-    bits = np.frombuffer(rng.bytes(-(-count // 8)), np.uint8)
-    return np.float32(1) - np.unpackbits(bits, count=count).astype(np.float32) * np.float32(2)
-
-
 def transform(values: Float32Array) -> None:
     """Unnormalised Walsh-Hadamard transform of every column, in place.
 

@@ -55,6 +55,7 @@ class Int4(Codec):
     kind = "control"
     rates = "4.25 bits"
     summary = "4-bit integers with one bfloat16 scale for 64 values: 4.25 bits a parameter"
+    paper = "Dettmers and Zettlemoyer, arXiv 2212.09720"
     Options = Int4Options
 
     options: Int4Options

@@ -36,6 +36,7 @@ class Int8(Codec):
     kind = "control"
     rates = "8 bits"
     summary = "8-bit integers with one float32 scale a row: a little over 8 bits a parameter"
+    paper = "Dettmers et al., arXiv 2208.07339"
 
     def payload_size(self, spec: AdapterSpec) -> int:
         """One byte a parameter and four a row."""

@@ -59,7 +59,9 @@ _RANGE_BITS = 26
 # expected bits of an entry of a short vector, until some are written, and of a piece's scale
 _SHORT_BITS = 2.0
 _SCALE_BITS = 3.2
-_TRIES = 5
+_TRIES = 8
+# dead-zone quantised pieces take what is left of the budget; so much over it they still can
+_ABSORBED = 1.05
 # of an entry of a long vector, with the finest step
 _MOST_BITS = 16.0
 
@@ -136,6 +138,7 @@ def _write(stacks: list[Stack], exponent: int, budget: float) -> bytes:
     _write_short(writer, modes, levels)
 
     rows = [_long_vectors(*own) for own in zip(stacks, modes, levels, strict=True)]
+    stacks.clear()  # not needed any more, and as large as the update
     flat = [own[own > 0] for own in modes]
     magnitudes = [np.sqrt(np.square(own).mean(axis=1, dtype=np.float64)) for own in rows]
     words: list[NDArray[np.uint8]] = []
@@ -173,10 +176,12 @@ def _settle(stacks: list[Stack], budget: float) -> tuple[list[IntArray], list[In
         pieces.write_modes(scratch, choice.modes, MODES)
         count = sum(len(own) for own in levels)
         predicted = scratch.spent + _SCALE_BITS * count + choice.long_bits
-        if choice.has(SCALAR) or 0.99 * budget <= predicted <= budget:
+        if 0.99 * budget <= predicted <= budget:
             return choice.modes, levels
-        target = budget - predicted + choice.bits
-    if predicted < 0.99 * budget or predicted > 1.01 * budget:
+        if choice.has(SCALAR) and predicted <= _ABSORBED * budget:
+            return choice.modes, levels
+        target = max(budget - predicted + choice.bits, 0.0)
+    if not 0.99 * budget <= predicted <= 1.01 * budget and not choice.has(SCALAR):
         # too few pieces to spend it in steps of one: the last one gets the rest, whatever it is
         _promote(stacks, choice)
         levels = _short_vectors(stacks, choice)

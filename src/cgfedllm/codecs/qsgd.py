@@ -35,6 +35,7 @@ from cgfedllm.codecs.entropy import (
     SymbolReader,
     SymbolWriter,
     bits_of_levels,
+    blocks,
     levels_bits,
 )
 from cgfedllm.codecs.rate import RateOptions, payload_bits
@@ -49,7 +50,8 @@ _SMALLEST_RATIO = 2.0**-22
 _SMALLEST_STEP = np.float32(2.0**-126)
 # levels beyond this many times 2^bpp are lumped together while searching
 _SEARCHED_LEVELS = 64
-_PIECE = 1 << 18
+# values whose buckets are scaled together
+_AT_ONCE = 1 << 16
 # the packet spends this share of its budget at least, where stochastic rounding lets it
 _ENOUGH = 0.99
 
@@ -97,7 +99,9 @@ class Qsgd(Codec):
         norms = None
         if self.options.bucket:
             norms = _norms(values, self.options.bucket)
-            values = _by_bucket(np.divide, values, from_bfloat16(norms), self.options.bucket)
+            values = np.empty_like(values)
+            bucket = self.options.bucket
+            _by_bucket(np.divide, update.vector, from_bfloat16(norms), bucket, out=values)
             budget -= _NORM_BITS * norms.size
         most_levels = int(_SEARCHED_LEVELS * 2**self.options.bpp)
         found = _search(values, budget, self._noise(update, context), most_levels)
@@ -127,14 +131,17 @@ class Qsgd(Codec):
             norms = from_bfloat16(reader.bits(_NORM_BITS, count).astype(np.uint16))
             if not (norms >= 0).all() or not np.isfinite(norms).all():
                 raise PacketError(f"{self.name}: a norm is negative or not finite")
-        vector = reader.levels(size).astype(np.float32)
+        levels = reader.levels(size)
         reader.finish()
+        # levels become values in their own memory
+        vector = levels.view(np.float32)
         # rounding up may lead beyond the largest float32
         with np.errstate(over="ignore"):
-            vector *= step
-            np.clip(vector, -_LARGEST, _LARGEST, out=vector)
+            for block in blocks(size):
+                values = levels[block] * step
+                vector[block] = np.clip(values, -_LARGEST, _LARGEST, out=values)
             if norms is not None:
-                vector = _by_bucket(np.multiply, vector, norms, self.options.bucket)
+                _by_bucket(np.multiply, vector, norms, self.options.bucket, out=vector)
                 np.clip(vector, -_LARGEST, _LARGEST, out=vector)
         return vector
 
@@ -156,20 +163,25 @@ def _search(
     expect, low, high = _expectation(values, most_levels)
     if high == 0:
         return None
-    best: tuple[float, np.float32, Int32Array] | None = None
+    levels = np.empty(values.size, np.int32)
+    best: tuple[float, np.float32] | None = None
     aim = 0.995 * budget
     for _ in range(8):
         step = np.float32(_bisect(expect, aim, low, high))
-        levels = _levels(values, step, noise)
+        _draw(values, step, noise, out=levels)
         bits = bits_of_levels(levels)
         if bits <= budget and (best is None or bits > best[0]):
-            best = bits, step, levels
+            best = bits, step
         if _ENOUGH * budget <= bits <= budget or (bits < budget and step <= 1.001 * low):
             break
         aim *= 0.995 * budget / bits
         if aim <= 0:
             break
-    return best and best[1:]
+    if best is None:
+        return None
+    if best[1] != step:  # levels of one step are kept, to save memory
+        _draw(values, best[1], noise, out=levels)
+    return best[1], levels
 
 
 def _expectation(
@@ -182,8 +194,8 @@ def _expectation(
     """
     # bins are the upper halves of the magnitudes, bfloat16: 128 an octave
     counts = np.zeros(1 << 15, np.int64)
-    for at in range(0, values.size, _PIECE):
-        upper = values[at : at + _PIECE].view(np.uint32) >> np.uint32(16)
+    for block in blocks(values.size):
+        upper = values[block].view(np.uint32) >> np.uint32(16)
         upper &= np.uint32(0x7FFF)
         counts += np.bincount(upper.view(np.int32), minlength=1 << 15)
     counts = counts[:0x7F80]
@@ -194,7 +206,7 @@ def _expectation(
     middles[0] = 0.0
     above = _from_above(counts.astype(np.float64))
     sums = _from_above(counts * middles)
-    largest = float(np.abs(values).max())
+    largest = max(float(values.max()), -float(values.min()))
     if not largest:
         return lambda step: 0.0, 0.0, 0.0
 
@@ -231,24 +243,21 @@ def _bisect(expect: Callable[[float], float], aim: float, low: float, high: floa
     return high
 
 
-def _levels(values: Float32Array, step: np.float32, noise: Float32Array) -> Int32Array:
-    """Levels drawn with given noise, in pieces that stay in the cache."""
-    levels = np.empty(values.size, np.int32)
-    for at in range(0, values.size, _PIECE):
-        piece = slice(at, at + _PIECE)
-        scaled = values[piece] / step
-        scaled += noise[piece]
-        levels[piece] = np.floor(scaled, out=scaled)
-    return levels
+def _draw(values: Float32Array, step: np.float32, noise: Float32Array, out: Int32Array) -> None:
+    """Levels drawn with given noise."""
+    for block in blocks(values.size):
+        scaled = values[block] / step
+        scaled += noise[block]
+        out[block] = np.floor(scaled, out=scaled)
 
 
 def _best_step(values: Float32Array, levels: Int32Array) -> np.float32:
     """The step with which drawn levels come nearest to the values."""
     along = square = 0.0
-    for at in range(0, values.size, _PIECE):
-        own = levels[at : at + _PIECE].astype(np.float64)
+    for block in blocks(values.size):
+        own = levels[block].astype(np.float64)
         square += float(np.square(own).sum())
-        own *= values[at : at + _PIECE]
+        own *= values[block]
         along += float(own.sum())
     return np.float32(np.clip(along / max(square, 1.0), _SMALLEST_STEP, _LARGEST))
 
@@ -265,19 +274,17 @@ def _norms(values: Float32Array, bucket: int) -> NDArray[np.uint16]:
 
 
 def _by_bucket(
-    operation: np.ufunc, values: Float32Array, norms: Float32Array, bucket: int
-) -> Float32Array:
+    operation: np.ufunc, values: Float32Array, norms: Float32Array, bucket: int, out: Float32Array
+) -> None:
     """Divide or multiply each bucket by its norm."""
-    result = np.empty(values.size, np.float32)
     for own, buckets in _pieces(values, bucket):
         rows = operation(_rows(values[own], bucket), norms[buckets, None])
-        result[own] = rows.reshape(-1)[: values[own].size]
-    return result
+        out[own] = rows.reshape(-1)[: values[own].size]
 
 
 def _pieces(values: Float32Array, bucket: int) -> Iterator[tuple[slice, slice]]:
     """Runs of whole buckets: where their values are, and where the buckets."""
-    count = max(_PIECE // bucket, 1)
+    count = max(_AT_ONCE // bucket, 1)
     for first in range(0, -(-values.size // bucket), count):
         yield (
             slice(first * bucket, (first + count) * bucket),

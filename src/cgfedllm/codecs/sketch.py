@@ -19,6 +19,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,15 @@ from pydantic import Field
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.hadamard import LENGTH, padded_shape, random_signs, transform
+from cgfedllm.codecs.draws import apply_signs, random_order, random_signs
+from cgfedllm.codecs.entropy import blocks
+from cgfedllm.codecs.hadamard import LENGTH, padded_shape, transform
 from cgfedllm.codecs.packet import Packet
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import CodecError, PacketError
 from cgfedllm.seeding import generator
 
-IntArray = NDArray[np.int64]
+Int32Array = NDArray[np.int32]
 
 # exponent of the scale, bits a number
 _HEAD = struct.Struct("<hB")
@@ -130,9 +133,7 @@ class Sketch(Codec):
         if not used:
             return packets[0]
         lowest = min(exponent for _, exponent in used)
-        reach = sum(
-            int(np.abs(levels).max()) << min(exponent - lowest, 64) for levels, exponent in used
-        )
+        reach = sum(_most(levels) << min(exponent - lowest, 64) for levels, exponent in used)
         if reach >= 1 << (_MOST_WIDTH - 1):
             raise CodecError(
                 "sketch: the packets' scales are too far apart to add them in 32 bits; "
@@ -140,8 +141,8 @@ class Sketch(Codec):
             )
         total = np.zeros(count, np.int64)
         for levels, exponent in used:
-            total += levels << (exponent - lowest)
-        width = max(self.options.bits, int(np.abs(total).max()).bit_length() + 1)
+            total += levels.astype(np.int64) << (exponent - lowest)
+        width = max(self.options.bits, _most(total).bit_length() + 1)
         payload = _HEAD.pack(lowest, width) + b"".join(_pack(total, width))
         return replace(read[0][0], payload=payload).to_bytes()
 
@@ -168,10 +169,10 @@ class Sketch(Codec):
         values = np.zeros(padded_shape(spec.size), np.float32)
         flat = values.reshape(-1)[: spec.size]
         np.ldexp(update.vector, -exponent, out=flat)
-        flat *= signs
+        apply_signs(flat, signs)
         transform(values)
         numbers = values[rows[: -(-count // values.shape[1])]].reshape(-1)[:count]
-        del values, flat, signs
+        del values, flat
         numbers /= np.float32(_ROOT)
         levels, step = self._round(numbers, exponent)
         return _HEAD.pack(step, self.options.bits) + b"".join(_pack(levels, self.options.bits))
@@ -190,61 +191,80 @@ class Sketch(Codec):
         values[rows[:kept]] = sent
         transform(values)
         vector = values.reshape(-1)[: spec.size]
-        vector *= signs
+        apply_signs(vector, signs)
         vector /= np.float32(_ROOT)
         if exponent > 0:  # the largest values may round to more than a float32 holds
             most = np.ldexp(np.finfo(np.float32).max, -exponent)
             np.clip(vector, -most, most, out=vector)
         return np.asarray(np.ldexp(vector, exponent, out=vector))
 
-    def _round(self, numbers: Float32Array, exponent: int) -> tuple[IntArray, int]:
+    def _round(self, numbers: Float32Array, exponent: int) -> tuple[Int32Array, int]:
         """Levels, and the exponent of their step, for numbers scaled by 2^-exponent."""
         top = (1 << (self.options.bits - 1)) - 1
         if self.options.scale_exponent is not None:
             chosen = self.options.scale_exponent
-            scaled = np.ldexp(numbers.astype(np.float64), exponent - chosen)
-            return np.clip(np.rint(scaled), -top, top).astype(np.int64), chosen
+            return _levels(numbers, exponent - chosen, top), chosen
         largest = float(np.abs(numbers).max())
         if not largest:
-            return np.zeros(numbers.size, np.int64), 0
+            return np.zeros(numbers.size, np.int32), 0
         # the coarsest step clips nothing; a finer one may be worth a few clipped numbers
         coarsest = int(np.ceil(np.log2(largest / top)))
         best: tuple[float, int] | None = None
         for step in range(coarsest, coarsest - _SCALES_TRIED, -1):
-            scaled = np.ldexp(numbers, -step)
-            error = float(np.square(scaled - np.clip(np.rint(scaled), -top, top)).mean())
-            error *= 4.0 ** (step - coarsest)
+            error = _error(numbers, -step, top) * 4.0 ** (step - coarsest)
             if best is None or error < best[0]:
                 best = error, step
         assert best is not None
         step = best[1]
         step = max(step, _SMALLEST_EXPONENT - exponent)
-        levels = np.clip(np.rint(np.ldexp(numbers, -step)), -top, top).astype(np.int64)
-        return levels, step + exponent
+        return _levels(numbers, -step, top), step + exponent
 
 
-def _map(context: CodecContext) -> tuple[Float32Array, IntArray]:
+def _map(context: CodecContext) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Signs of all parameters and the order in which rows are kept: this round's map."""
     rng = generator(context.seed, "sketch", context.round)
     signs = random_signs(rng, context.spec.size)
-    keys = np.frombuffer(rng.bytes(8 * LENGTH), "<u8")
-    return signs, np.argsort(keys, kind="stable")
+    return signs, random_order(rng, LENGTH)
 
 
-def _pack(levels: IntArray, width: int) -> Iterator[bytes]:
+def _levels(numbers: Float32Array, exponent: int, top: int) -> Int32Array:
+    """Numbers times 2^exponent, rounded, none beyond `top`."""
+    levels = np.empty(numbers.size, np.int32)
+    for block in blocks(numbers.size):
+        scaled = np.ldexp(numbers[block].astype(np.float64), exponent)
+        levels[block] = np.clip(np.rint(scaled, out=scaled), -top, top, out=scaled)
+    return levels
+
+
+def _error(numbers: Float32Array, exponent: int, top: int) -> float:
+    """Mean squared error of `_levels`, in levels."""
+    total = 0.0
+    for block in blocks(numbers.size):
+        scaled = np.ldexp(numbers[block], exponent)
+        scaled -= np.clip(np.rint(scaled), -top, top)
+        total += float(np.square(scaled).sum(dtype=np.float64))
+    return total / numbers.size
+
+
+def _most(levels: NDArray[Any]) -> int:
+    """Largest magnitude."""
+    return max(int(levels.max()), -int(levels.min()))
+
+
+def _pack(levels: NDArray[Any], width: int) -> Iterator[bytes]:
     """Numbers plus half of their range, `width` bits each, lowest bit first."""
     for start in range(0, levels.size, _TILE):
-        raised = (levels[start : start + _TILE] + (1 << (width - 1))).astype("<u4")
+        raised = (levels[start : start + _TILE].astype(np.int64) + (1 << (width - 1))).astype("<u4")
         bits = np.unpackbits(raised.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
         yield np.packbits(bits[:, :width].reshape(-1), bitorder="little").tobytes()
 
 
-def _read(payload: bytes, count: int) -> tuple[IntArray, int]:
+def _read(payload: bytes, count: int) -> tuple[Int32Array, int]:
     """Levels and exponent of a payload."""
     if not count:
         if payload:
             raise PacketError(f"sketch: payload is {len(payload)} bytes, this rate needs none")
-        return np.zeros(0, np.int64), 0
+        return np.zeros(0, np.int32), 0
     if len(payload) < _HEAD.size:
         raise PacketError(f"sketch: payload is {len(payload)} bytes, its head is {_HEAD.size}")
     exponent, width = _HEAD.unpack_from(payload)
@@ -256,7 +276,7 @@ def _read(payload: bytes, count: int) -> tuple[IntArray, int]:
     if len(payload) != expected:
         raise PacketError(f"sketch: payload is {len(payload)} bytes, this rate needs {expected}")
     packed = np.frombuffer(payload, np.uint8, offset=_HEAD.size)
-    levels = np.empty(count, np.int64)
+    levels = np.empty(count, np.int32)
     for start in range(0, count, _TILE):
         size = min(_TILE, count - start)
         first = start * width // 8

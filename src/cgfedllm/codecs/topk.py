@@ -11,6 +11,7 @@ with a range coder takes about 3 bits less at these densities; that is the defau
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +21,13 @@ from pydantic import Field
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
+from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter, blocks
 from cgfedllm.codecs.logscale import SCALE_CODES, scale_codes, scale_values
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import PacketError
 
+# values that are worked on together; the largest chunk
+_AT_ONCE = 1 << 16
 # the two magnitudes, relative to their chunk's mean, are sent in 64ths
 _MAGNITUDE_STEP = 64
 _MAGNITUDE_SIZE = 1 << 9
@@ -56,7 +59,7 @@ class TopKOptions(RateOptions):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How many values each chunk keeps; both ends derive it from spec and options.
+    """How many values each chunk keeps, from how many are kept in all.
 
     Parameters
     ----------
@@ -74,6 +77,13 @@ class _Layout:
     def total(self) -> int:
         return int(self.kept.sum())
 
+    def parts(self) -> Iterator[tuple[slice, slice]]:
+        """Some chunks at a time, and where their values are."""
+        count = max(_AT_ONCE // self.chunk, 1)
+        for first in range(0, len(self.kept), count):
+            last = min(first + count, len(self.kept))
+            yield slice(first, last), slice(first * self.chunk, min(last * self.chunk, self.size))
+
 
 @register
 class TopK(Codec):
@@ -83,30 +93,40 @@ class TopK(Codec):
     kind = "element-wise"
     rates = "0.005 to 2.5 bits"
     summary = "largest values of every chunk in 2 bits each, positions entropy coded"
-    paper = "SparseLoCo, arXiv 2508.15706"
+    paper = "SparseLoCo, Sarfi et al., arXiv 2508.15706"
     Options = TopKOptions
 
     options: TopKOptions
 
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
-        layout = self._layout(context.spec)
+        layout = self._layout(context.spec, self._affordable(context.spec))
         if not layout.total or not update.vector.any():
             return b""
-        hits = _largest(update.vector, layout)
-        values = update.vector[hits]
-        chunks = hits // layout.chunk
-        magnitudes = np.abs(values).astype(np.float64)
-        sums = np.bincount(chunks, weights=magnitudes, minlength=len(layout.kept))
-        means = sums / np.maximum(layout.kept, 1)
+        hit = _largest(update.vector, layout)
+        means = np.zeros(len(layout.kept))
+        for chunks, part in layout.parts():
+            places = np.flatnonzero(hit[part])
+            own = np.abs(update.vector[part][places])
+            means[chunks] = np.bincount(places // layout.chunk, own, chunks.stop - chunks.start)
+        means /= np.maximum(layout.kept, 1)
         largest = np.float32(means.max())
         writer = SymbolWriter()
+        writer.bits(layout.total, 32)
         writer.float32(float(largest))
         codes = scale_codes(means, float(largest))
         writer.uniform(codes, SCALE_CODES)
-        self._write_positions(writer, hits, layout)
-        writer.uniform(values < 0, 2)
-        scales = scale_values(codes, largest).astype(np.float64)[chunks]
-        relative = np.divide(magnitudes, scales, out=np.zeros_like(magnitudes), where=scales > 0)
+        self._write_positions(writer, hit, layout)
+        scales = scale_values(codes, largest)
+        relative = np.zeros(layout.total)
+        start = 0
+        for chunks, part in layout.parts():
+            places = np.flatnonzero(hit[part])
+            values = update.vector[part][places]
+            writer.uniform(values < 0, 2)
+            scale = scales[chunks].astype(np.float64)[places // layout.chunk]
+            own = relative[start : start + places.size]
+            np.divide(np.abs(values), scale, out=own, where=scale > 0)
+            start += places.size
         self._write_magnitudes(writer, relative)
         return writer.finish()
 
@@ -114,41 +134,50 @@ class TopK(Codec):
         vector = np.zeros(context.spec.size, np.float32)
         if not payload:
             return vector
-        layout = self._layout(context.spec)
         reader = SymbolReader(payload)
+        total = int(reader.bits(32, 1)[0])
+        if not 0 < total <= context.spec.size:
+            raise PacketError(f"{self.name}: {total} of {context.spec.size} values cannot be kept")
+        layout = self._layout(context.spec, total)
         largest = reader.float32(1)[0]
         if not np.isfinite(largest) or largest <= 0:
             raise PacketError(f"{self.name}: the largest scale is {largest}, not positive")
         scales = scale_values(reader.uniform(SCALE_CODES, len(layout.kept)), largest)
-        hits = self._read_positions(reader, layout)
-        signs = 1 - 2 * reader.uniform(2, hits.size)
-        magnitudes = self._read_magnitudes(reader, hits.size)
+        hit = self._read_positions(reader, layout)
+        negative = reader.uniform(2, layout.total)
+        magnitudes, which = self._read_magnitudes(reader, layout.total)
         reader.finish()
-        with np.errstate(over="ignore"):  # cut off at the end
-            values = scales[hits // layout.chunk] * magnitudes * signs
-        vector[hits] = np.clip(values, -_LARGEST, _LARGEST)
+        start = 0
+        for chunks, part in layout.parts():
+            places = np.flatnonzero(hit[part])
+            own = slice(start, start + places.size)
+            scale = scales[chunks][places // layout.chunk]
+            with np.errstate(over="ignore"):  # cut off at the end
+                values = scale * magnitudes[which[own]] * (1 - 2 * negative[own])
+            vector[part][places] = np.clip(values, -_LARGEST, _LARGEST)
+            start = own.stop
         return vector
 
-    def _layout(self, spec: AdapterSpec) -> _Layout:
+    def _layout(self, spec: AdapterSpec, total: int) -> _Layout:
         chunk = self.options.chunk
         chunks = -(-spec.size // chunk)
-        fixed = 32 + 8 * chunks + 2 * 9
-        if self.options.positions == "coded":
-            fixed += 18
-        available = payload_bits(spec, self.options.bpp) - fixed
-        total = self._affordable(spec.size, available)
         lengths = np.full(chunks, chunk)
         lengths[-1] = spec.size - (chunks - 1) * chunk
         # everyone the same share; what is left over goes to the first ones
         ends = np.cumsum(lengths) * total // spec.size
         return _Layout(spec.size, chunk, np.diff(ends, prepend=0))
 
-    def _affordable(self, size: int, available: float) -> int:
-        """How many values fit into some bits, by bisection on the coded size."""
-        low, high = 0, size
+    def _affordable(self, spec: AdapterSpec) -> int:
+        """How many values fit into the budget, by bisection on the coded size."""
+        # count, largest scale, the others, two magnitudes, the table of hits and misses
+        fixed = 32 + 32 + 8 * -(-spec.size // self.options.chunk) + 2 * 9
+        if self.options.positions == "coded":
+            fixed += 18
+        available = payload_bits(spec, self.options.bpp) - fixed
+        low, high = 0, spec.size
         while low < high:
             kept = (low + high + 1) // 2
-            if self._bits(kept, size) <= available:
+            if self._bits(kept, spec.size) <= available:
                 low = kept
             else:
                 high = kept - 1
@@ -164,72 +193,92 @@ class TopK(Codec):
         return values - size * float(share * np.log2(share) + (1 - share) * np.log2(1 - share))
 
     def _write_positions(
-        self, writer: SymbolWriter, hits: NDArray[np.int64], layout: _Layout
+        self, writer: SymbolWriter, hit: NDArray[np.bool_], layout: _Layout
     ) -> None:
-        if self.options.positions == "fixed":
-            writer.uniform(hits % layout.chunk, layout.chunk)
+        if self.options.positions == "coded":
+            writer.symbols(hit, 2)
             return
-        flags = np.zeros(layout.size, np.int32)
-        flags[hits] = 1
-        writer.symbols(flags, 2)
+        for _, part in layout.parts():
+            writer.uniform(np.flatnonzero(hit[part]) % layout.chunk, layout.chunk)
 
-    def _read_positions(self, reader: SymbolReader, layout: _Layout) -> NDArray[np.int64]:
-        if self.options.positions == "fixed":
-            first = np.repeat(np.arange(len(layout.kept)) * layout.chunk, layout.kept)
-            hits = first + reader.uniform(layout.chunk, layout.total)
-            if (np.diff(hits) <= 0).any() or (hits.size and hits[-1] >= layout.size):
-                raise PacketError(f"{self.name}: positions are not in order")
-            return hits
-        hits = np.flatnonzero(reader.symbols(2, layout.size))
-        if hits.size != layout.total:
-            raise PacketError(f"{self.name}: {hits.size} positions, {layout.total} are due")
-        return hits
+    def _read_positions(self, reader: SymbolReader, layout: _Layout) -> NDArray[np.bool_]:
+        if self.options.positions == "coded":
+            hit = reader.symbols(2, layout.size).astype(bool)
+            count = np.count_nonzero(hit)
+            if count != layout.total:
+                raise PacketError(f"{self.name}: {count} positions, {layout.total} are due")
+            return hit
+        first = np.repeat(np.arange(len(layout.kept)) * layout.chunk, layout.kept)
+        hits = first + reader.uniform(layout.chunk, layout.total)
+        if (np.diff(hits) <= 0).any() or (hits.size and hits[-1] >= layout.size):
+            raise PacketError(f"{self.name}: positions are not in order")
+        hit = np.zeros(layout.size, bool)
+        hit[hits] = True
+        return hit
 
     def _write_magnitudes(self, writer: SymbolWriter, relative: NDArray[np.float64]) -> None:
+        everything = _mean(relative, -np.inf, np.inf)
         if self.options.value_bits == 1:
-            writer.uniform(_in_64ths(relative), _MAGNITUDE_SIZE)
+            writer.uniform(_in_64ths(everything), _MAGNITUDE_SIZE)
             return
         # two-means on the line: the boundary lies halfway between the means (Lloyd 1982)
-        boundary = float(relative.mean())
+        boundary = everything
         for _ in range(4):
-            high = relative > boundary
-            means = [relative[~high].mean() if not high.all() else 0.0]
-            means.append(relative[high].mean() if high.any() else means[0])
-            boundary = (means[0] + means[1]) / 2
-        high = relative > boundary
-        for part in (~high, high):
-            writer.uniform(_in_64ths(relative[part]), _MAGNITUDE_SIZE)
-        writer.uniform(high, 2)
+            low, high = _mean(relative, -np.inf, boundary), _mean(relative, boundary, np.inf)
+            # magnitudes above the mean are above 0: a mean of 0 is that of none
+            boundary = (low + (high or low)) / 2
+        for own in (_mean(relative, -np.inf, boundary), _mean(relative, boundary, np.inf)):
+            writer.uniform(_in_64ths(own), _MAGNITUDE_SIZE)
+        writer.uniform(relative > boundary, 2)
 
-    def _read_magnitudes(self, reader: SymbolReader, count: int) -> Float32Array:
-        levels = reader.uniform(_MAGNITUDE_SIZE, self.options.value_bits) / np.float32(
-            _MAGNITUDE_STEP
-        )
-        which = reader.uniform(2, count) if self.options.value_bits == 2 else np.zeros(count, int)
-        return levels.astype(np.float32)[which]
+    def _read_magnitudes(
+        self, reader: SymbolReader, count: int
+    ) -> tuple[Float32Array, NDArray[np.int32]]:
+        """The magnitudes there are, and which of them each value has."""
+        magnitudes = reader.uniform(_MAGNITUDE_SIZE, self.options.value_bits)
+        # of one there is nothing to tell
+        which = reader.uniform(self.options.value_bits, count)
+        return magnitudes.astype(np.float32) / np.float32(_MAGNITUDE_STEP), which
 
 
-def _largest(vector: Float32Array, layout: _Layout) -> NDArray[np.int64]:
-    """Positions of the largest magnitudes of each chunk, ascending; of equals, the first."""
-    chunks, chunk = len(layout.kept), layout.chunk
-    magnitudes = np.abs(vector)
-    if vector.size % chunk:
-        magnitudes = np.pad(magnitudes, (0, chunks * chunk - vector.size), constant_values=-1)
-    magnitudes = magnitudes.reshape(chunks, chunk)
+def _largest(vector: Float32Array, layout: _Layout) -> NDArray[np.bool_]:
+    """Where the largest magnitudes of each chunk are; of equals, the first."""
+    hit = np.zeros(vector.size, bool)
+    for chunks, part in layout.parts():
+        magnitudes = np.abs(vector[part])
+        missing = -magnitudes.size % layout.chunk
+        if missing:
+            magnitudes = np.pad(magnitudes, (0, missing), constant_values=-1)
+        rows = magnitudes.reshape(-1, layout.chunk)
+        hit[part] = _largest_of_rows(rows, layout.kept[chunks]).reshape(-1)[: hit[part].size]
+    return hit
+
+
+def _largest_of_rows(magnitudes: Float32Array, kept: NDArray[np.int64]) -> NDArray[np.bool_]:
+    chunk = magnitudes.shape[1]
     hit = np.zeros(magnitudes.shape, bool)
-    for kept in np.unique(layout.kept[layout.kept > 0]):
-        rows = layout.kept == kept
+    for count in np.unique(kept[kept > 0]):
+        rows = kept == count
         own = magnitudes[rows]
-        bound = np.partition(own, chunk - kept, axis=1)[:, chunk - kept, None]
+        bound = np.partition(own, chunk - count, axis=1)[:, chunk - count, None]
         above = own >= bound
-        surplus = above.sum(axis=1) - kept
+        surplus = above.sum(axis=1) - count
         for row in np.flatnonzero(surplus):  # equal magnitudes at the boundary
             equal = np.flatnonzero(own[row] == bound[row])
             above[row, equal[equal.size - surplus[row] :]] = False
         hit[rows] = above
-    return np.flatnonzero(hit)
+    return hit
 
 
-def _in_64ths(magnitudes: NDArray[np.float64]) -> int:
-    mean = float(magnitudes.mean()) if magnitudes.size else 0.0
+def _mean(values: NDArray[np.float64], above: float, up_to: float) -> float:
+    """Mean of the values in an interval, 0 if there are none."""
+    count, total = 0, 0.0
+    for block in blocks(values.size):
+        at = (values[block] > above) & (values[block] <= up_to)
+        count += int(np.count_nonzero(at))
+        total += float(np.multiply(values[block], at).sum())
+    return total / count if count else 0.0
+
+
+def _in_64ths(mean: float) -> int:
     return int(np.clip(np.rint(_MAGNITUDE_STEP * mean), 0, _MAGNITUDE_SIZE - 1))

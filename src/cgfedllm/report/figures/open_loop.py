@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from cgfedllm.analysis.candidates import slug_of
 from cgfedllm.analysis.open_loop_rows import ModuleRow, OpenLoop, OpenLoopRow
 from cgfedllm.report.figures.style import new_figure, save, styles_of
 
@@ -25,6 +27,8 @@ _LOWEST_BITS = 0.01
 _PANEL_WIDTH = 4.6
 _MODEL_DASHES = ((0, (6, 2)), (0, (3, 2)), (0, (1, 1.5)))
 _MODEL_COLOUR = "#555555"
+_GREY = "#C4C4C4"
+_CODEC_PANELS = 2
 
 
 def draw_open_loop(results: Sequence[OpenLoop], folder: Path) -> list[Path]:
@@ -35,7 +39,8 @@ def draw_open_loop(results: Sequence[OpenLoop], folder: Path) -> list[Path]:
     results : sequence of OpenLoop
         One a recording, one panel each.
     folder : Path
-        For ``rate_snr``, ``rate_cosine`` and ``modules_RECORDING``, as PNG and SVG.
+        For ``rate_snr``, ``rate_cosine``, ``modules_RECORDING`` and ``codecs/CODEC``, as PNG and
+        SVG.
 
     Returns
     -------
@@ -48,6 +53,8 @@ def draw_open_loop(results: Sequence[OpenLoop], folder: Path) -> list[Path]:
         figure = modules_figure(result)
         if figure is not None:
             written += save(figure, folder / f"modules_{result.recording}")
+    for codec in dict.fromkeys(r.codec for result in results for r in result.rows if r.bpp > 0):
+        written += save(codec_figure(results, codec), folder / "codecs" / slug_of(codec))
     return written
 
 
@@ -63,14 +70,31 @@ def rate_snr_figure(results: Sequence[OpenLoop]) -> Figure:
     models: dict[str, Line2D] = {}
     for axes, result in zip(panels, results, strict=True):
         models |= _draw_models(axes, result)
-    finite = [r.snr_db for result in results for r in result.rows if r.snr_db < math.inf]
-    for axes in panels:
-        axes.set_yscale("log")
-        axes.set_ylim(LOWEST_DB * 0.85, max(10.0, *finite) * 1.5)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(_decibel_tick))
+    _scale_decibels(panels, results)
     _legends(figure, panels[0], handles, models)
+    _label_left(panels, "SNR of client updates, dB")
+    return figure
+
+
+def codec_figure(results: Sequence[OpenLoop], codec: str) -> Figure:
+    """One codec's rate against SNR among the others', on the first recordings."""
+    results = results[:_CODEC_PANELS]
+    figure, panels = _panels(results)
+    labels = [row.label for result in results for row in result.rows if row.codec == codec]
+    handles = _draw_rows(
+        panels,
+        results,
+        lambda row: max(row.snr_db, LOWEST_DB),
+        lambda row: row.snr_db < math.inf,
+        highlighted=set(labels),
+    )
+    models: dict[str, Line2D] = {}
+    for axes, result in zip(panels, results, strict=True):
+        models |= _draw_models(axes, result)
+    _scale_decibels(panels, results)
+    own = {label: line for label, line in handles.items() if label in labels}
+    others = [line for label, line in handles.items() if label not in labels]
+    _legends(figure, panels[0], own | ({"other codecs": others[0]} if others else {}), models)
     _label_left(panels, "SNR of client updates, dB")
     return figure
 
@@ -89,7 +113,7 @@ def rate_cosine_figure(results: Sequence[OpenLoop]) -> Figure:
                     row.cosine, color=_MODEL_COLOUR, linewidth=1.1, linestyle=(0, (1, 1.5))
                 )
                 break  # scaling it leaves the cosine as it is
-    _legends(figure, panels[0], handles, levels)
+    _legends(figure, panels[0], handles, levels, corner="upper left")
     _label_left(panels, "cosine of client updates")
     return figure
 
@@ -158,13 +182,27 @@ def _panels(results: Sequence[OpenLoop]) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
+def _scale_decibels(panels: Sequence[Axes], results: Sequence[OpenLoop]) -> None:
+    finite = [r.snr_db for result in results for r in result.rows if r.snr_db < math.inf]
+    for axes in panels:
+        axes.set_yscale("log")
+        axes.set_ylim(LOWEST_DB * 0.85, max(10.0, *finite) * 1.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(_decibel_tick))
+
+
 def _draw_rows(
     panels: Sequence[Axes],
     results: Sequence[OpenLoop],
     height: Callable[[OpenLoopRow], float],
     shown: Callable[[OpenLoopRow], bool],
+    highlighted: set[str] | None = None,
 ) -> dict[str, Line2D]:
-    """One line a codec with its options; those of a single rate are points."""
+    """One line a codec with its options; those of a single rate are points.
+
+    Where some are `highlighted`, the others are grey.
+    """
 
     def drawn(row: OpenLoopRow) -> bool:
         return row.bpp >= _LOWEST_BITS and shown(row) and not math.isnan(height(row))
@@ -179,7 +217,10 @@ def _draw_rows(
             points = sorted((row.bpp, height(row)) for row in rows)
             if points:
                 x, y = zip(*points, strict=True)
-                (handles[label],) = axes.plot(x, y, **styles[label].keywords())
+                look = styles[label].keywords()
+                if highlighted is not None and label not in highlighted:
+                    look |= {"color": _GREY, "linewidth": 0.9, "markersize": 2.5, "zorder": 1.2}
+                (handles[label],) = axes.plot(x, y, **look)
     return {label: handles[label] for label in labels if label in handles}
 
 
@@ -196,15 +237,21 @@ def _draw_models(axes: Axes, result: OpenLoop) -> dict[str, Line2D]:
 
 
 def _legends(
-    figure: Figure, first: Axes, codecs: dict[str, Line2D], references: dict[str, Line2D]
+    figure: Figure,
+    first: Axes,
+    codecs: dict[str, Line2D],
+    references: dict[str, Line2D],
+    *,
+    corner: Literal["lower right", "upper left"] = "lower right",
 ) -> None:
-    """Codecs below the panels; references in the corner that rising curves leave empty."""
+    """Codecs below the panels; references in a corner that rising curves leave empty."""
     if references:
         first.legend(
             list(references.values()),
             list(references),
-            loc="upper left",
-            bbox_to_anchor=(0.0, 0.95),  # off the grid line at the top
+            loc=corner,
+            # off the grid line at the top
+            bbox_to_anchor=(0.0, 0.95) if corner == "upper left" else None,
             frameon=False,
             fontsize=7.5,
             handlelength=2.6,

@@ -46,6 +46,9 @@ COLOURS = {
     "cg_resnet": "#8B5A2B",
     "cg_unet": "#117733",
     "learned": "#D55E00",
+    "peer:nncodec": "#661100",
+    "peer:zfp": "#6699CC",
+    "peer:sz3": "#DDCC77",
     "centralised": "#555555",
     "local-only": "#555555",
 }
@@ -96,8 +99,11 @@ class LineStyle:
 
 
 def codec_of(label: str) -> str:
-    """Name of the codec in a label like ``ecsq:bpp=0.05``."""
-    return label.partition(":")[0].strip()
+    """Name of the codec in a label like ``ecsq:bpp=0.05``; ``peer:NAME`` is one name."""
+    first, colon, rest = label.partition(":")
+    if first == "peer":
+        return first + colon + rest.partition(":")[0].strip()
+    return first.strip()
 
 
 def colour_of(label: str) -> str:
