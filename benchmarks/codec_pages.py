@@ -139,8 +139,8 @@ class Numbers:
                     for row in self.facts
                     if row["fact"] == fact and row["recording"] == recording
                 ]
-                low, high = min(values), max(values)
-                cells.append(f"{low:.2f}" if len(values) == 1 else f"{low:.2f} to {high:.2f}")
+                spread = sorted({f"{value:.2f}" for value in values}, key=float)
+                cells.append(" to ".join([*spread[:1], *spread[1:][-1:]]) or "-")
             rows.append([fact, *cells])
         return _table(recordings, rows, first="fact")
 

@@ -366,6 +366,25 @@ def default_results(config: Config) -> Path:
     return Path(config.output) / f"{config.name}-compare.json"
 
 
+def plot_bench(folder: Path | str) -> list[Path]:
+    """Draw the figures of `bench_codecs` anew from the tables it wrote; nothing is measured.
+
+    Returns
+    -------
+    list of Path
+        PNG and SVG files, in the same folder.
+
+    Raises
+    ------
+    CheckpointError
+        If a table is missing or damaged.
+    """
+    from cgfedllm.report.figures.open_loop import draw_open_loop
+    from cgfedllm.report.open_loop import read_results
+
+    return draw_open_loop(read_results(Path(folder)), Path(folder))
+
+
 def plot_comparison(results: Path | str, to: Path | str | None = None) -> list[Path]:
     """Draw the figure of a results file of `compare`; nothing is run.
 

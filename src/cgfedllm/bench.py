@@ -17,7 +17,7 @@ from cgfedllm.analysis.trials import RATES, read_candidate, trials
 from cgfedllm.codecs import codec_names
 from cgfedllm.config import Config
 from cgfedllm.errors import ConfigError
-from cgfedllm.report.open_loop import write_results
+from cgfedllm.report.open_loop import read_results, write_results
 from cgfedllm.runs import environment
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def bench_codecs(
             found.structures[name] = measure_structure(recording)
         # after every recording: hours of the next ones may be lost, these are not
         written = write_results(Path(to), found.results, found.structures, about)
-        written += draw_open_loop(found.results, Path(to))
+        # from the tables, so that they are all it takes to draw the figures again
+        written += draw_open_loop(read_results(Path(to)), Path(to))
         found.files[:] = written
     return found
 

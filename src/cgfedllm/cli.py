@@ -560,6 +560,10 @@ def _bench_codecs(
             "checkout, open_loop elsewhere.",
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Only draw the figures again, from the tables in this folder."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Code recorded updates with every codec at every rate: one table.
@@ -567,6 +571,12 @@ def _bench_codecs(
     Open loop: each update on its own, against its own values, from real packets. Figures and
     tables go to files as well.
     """
+    if plot is not None:
+        from cgfedllm import api
+
+        for path in api.plot_bench(plot):
+            typer.echo(path)
+        return
     if not recordings:
         raise ConfigError(
             "bench codecs needs a recording: --recording FOLDER (`cgfedllm record` makes one)"

@@ -67,6 +67,22 @@ def test_tables_figures_and_the_terminal(cli: Cli, tmp_path: Path) -> None:
     assert "what the updates look like" in result.stdout
 
 
+def test_figures_are_drawn_again_from_the_tables(cli: Cli, tmp_path: Path) -> None:
+    write_recording(tmp_path / "one")
+    cli("--recording", "one", "--codec", "int8", "--codec", "ecsq", "--rate", 0.5, "--to", "out")
+    figures = sorted((tmp_path / "out").rglob("*.svg"))
+    before = [path.read_bytes() for path in figures]
+    for path in figures:
+        path.unlink()
+    result = cli("--plot", "out")
+    assert result.exit_code == 0, result.output
+    assert [path.read_bytes() for path in figures] == before
+    (tmp_path / "out" / "models.csv").unlink()
+    result = cli("--plot", "out")
+    assert result.exit_code == 1
+    assert "models.csv is missing or damaged" in result.stderr
+
+
 def test_json_goes_to_stdout_alone(cli: Cli, tmp_path: Path) -> None:
     write_recording(tmp_path / "one")
     result = cli("--recording", "one", "--codec", "int8", "--json", "--memory")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs import CodecContext, make_codec, transform
+from cgfedllm.codecs import CodecContext, make_codec
+from cgfedllm.codecs.parts import cosine
 
 SPEC = AdapterSpec.from_shapes(
     {
@@ -41,7 +42,7 @@ def snr(update: AdapterUpdate, **options: object) -> float:
 def test_transform_is_undone(n: int, axis: int) -> None:
     shape = (3, n, 5) if axis == 1 else (3, 5, n)
     values = np.random.default_rng(n).integers(-(1 << 20), 1 << 20, shape).astype(np.float64)
-    back = transform.inverse(transform.forward(values, 64, axis), 64, axis)
+    back = cosine.inverse(cosine.forward(values, 64, axis), 64, axis)
     # the basis is rounded to 2^-19 and 64 of its entries are summed, twice
     assert np.abs(back - values).max() < 2.0**-19 * 128 * (1 << 20) / 4
     assert np.square(back - values).mean() < 100
@@ -49,23 +50,23 @@ def test_transform_is_undone(n: int, axis: int) -> None:
 
 def test_transform_is_exact_in_any_order_of_summation() -> None:
     rng = np.random.default_rng(0)
-    values = rng.integers(-transform.LARGEST_IN, transform.LARGEST_IN, (4, 64, 256)) * 1.0
-    values[0] = transform.LARGEST_IN
+    values = rng.integers(-cosine.LARGEST_IN, cosine.LARGEST_IN, (4, 64, 256)) * 1.0
+    values[0] = cosine.LARGEST_IN
     for axis, chunk in ((1, 64), (2, 256)):
         order = rng.permutation(4)
-        whole = transform.forward(values, chunk, axis)
-        one_by_one = np.stack([transform.forward(values[i : i + 1], chunk, axis)[0] for i in order])
+        whole = cosine.forward(values, chunk, axis)
+        one_by_one = np.stack([cosine.forward(values[i : i + 1], chunk, axis)[0] for i in order])
         np.testing.assert_array_equal(one_by_one, whole[order])
         moved = np.moveaxis(values, axis, -1)
-        basis = transform._basis(chunk)
+        basis = cosine._basis(chunk)
         exact = moved.astype(object)[0, :2] @ basis.astype(np.int64).astype(object).T
         rounded = np.rint(exact.astype(np.float64) / 2.0**18)
         np.testing.assert_array_equal(np.moveaxis(whole, axis, -1)[0, :2], rounded)
 
 
 def test_two_axes_stay_below_2_to_the_53() -> None:
-    worst = np.full((1, 256, 256), float(transform.LARGEST_IN))
-    first = transform.inverse(worst, 256, 1, spare=2)
+    worst = np.full((1, 256, 256), float(cosine.LARGEST_IN))
+    first = cosine.inverse(worst, 256, 1, spare=2)
     # what the second axis sums: 256 of these times a basis of 2^18 whose rows have norm 1
     assert np.abs(first).max() * 16 * 2**18 < 2**53
 

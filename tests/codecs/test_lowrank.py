@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs import CodecContext, make_codec, pieces, trellis
+from cgfedllm.codecs import CodecContext, make_codec
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
-from cgfedllm.codecs.matrices import MAX_ROWS, batches
+from cgfedllm.codecs.lowrank import pieces
+from cgfedllm.codecs.parts import trellis
+from cgfedllm.codecs.parts.matrices import MAX_ROWS, batches
 from cgfedllm.errors import CodecError, PacketError
 
 A, B = "m.{}.q.lora_A.weight", "m.{}.q.lora_B.weight"

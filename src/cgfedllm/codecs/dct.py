@@ -10,7 +10,7 @@ are chosen over the whole update by one dead zone unless told otherwise, which i
 the same rate: an energetic chunk gets more of them. Positions and values are entropy coded in one,
 as levels that are mostly zero, with a table for each class of matrices of like scale.
 
-All transforms are in integers (`transform.py`).
+All transforms are in integers (`parts/cosine.py`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from cgfedllm.adapter import AdapterUpdate, Float32Array
-from cgfedllm.codecs import transform
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.deadzone import Histogram, Quantiser, read_levels, write_levels
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
-from cgfedllm.codecs.fitting import DEAD_ZONES, finest_within
-from cgfedllm.codecs.matrices import Batch, batches
+from cgfedllm.codecs.parts import cosine
+from cgfedllm.codecs.parts.deadzone import Histogram, Quantiser, read_levels, write_levels
+from cgfedllm.codecs.parts.fitting import DEAD_ZONES, finest_within
+from cgfedllm.codecs.parts.matrices import Batch, batches
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import PacketError
 
@@ -133,7 +133,7 @@ class Dct(Codec):
             sizes = [int(np.count_nonzero(a)) * s[0].size for a, s in zip(at, stacks, strict=True)]
             # a step of 32 gives the points as integers
             points = read_levels(reader, sum(sizes), np.float32(_POINTS))
-            np.clip(points, -transform.LARGEST_IN, transform.LARGEST_IN, out=points)
+            np.clip(points, -cosine.LARGEST_IN, cosine.LARGEST_IN, out=points)
             parts = np.split(points, np.cumsum(sizes)[:-1])
             for stack, a, part in zip(stacks, at, parts, strict=True):
                 stack[a] = part.reshape(-1, *stack.shape[1:])
@@ -151,9 +151,9 @@ class Dct(Codec):
         stack = group.gather(vector)
         for part in _tiles(stack):
             values = np.ldexp(part.astype(np.float64), _VALUE_BITS - exponent)
-            values = transform.forward(np.rint(values), self.options.chunk, 2)
+            values = cosine.forward(np.rint(values), self.options.chunk, 2)
             if self._both(stack):
-                values = transform.forward(values, self.options.chunk, 1)
+                values = cosine.forward(values, self.options.chunk, 1)
             part[...] = values
         return stack
 
@@ -163,10 +163,10 @@ class Dct(Codec):
         for part in _tiles(stack):
             values = part.astype(np.float64)
             if self._both(stack):
-                values = transform.inverse(values, self.options.chunk, 1, _SPARE)
+                values = cosine.inverse(values, self.options.chunk, 1, _SPARE)
             else:
                 values *= 1 << _SPARE
-            values = transform.inverse(values, self.options.chunk, 2)
+            values = cosine.inverse(values, self.options.chunk, 2)
             values = np.ldexp(values * (unit / (1 << _SPARE)), exponent)
             part[...] = np.clip(values, -most, most)
 

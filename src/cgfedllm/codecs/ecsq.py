@@ -24,15 +24,15 @@ from pydantic import Field, model_validator
 
 from cgfedllm.adapter import AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, CodecOptions, register
-from cgfedllm.codecs.deadzone import (
+from cgfedllm.codecs.entropy import Int32Array, SymbolReader, SymbolWriter
+from cgfedllm.codecs.parts.deadzone import (
     Histogram,
     design_for_bits,
     design_for_slope,
     read_levels,
     write_levels,
 )
-from cgfedllm.codecs.draws import random_order
-from cgfedllm.codecs.entropy import Int32Array, SymbolReader, SymbolWriter
+from cgfedllm.codecs.parts.draws import random_order
 from cgfedllm.codecs.rate import payload_bits
 from cgfedllm.errors import PacketError
 from cgfedllm.seeding import generator

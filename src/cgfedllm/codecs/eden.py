@@ -24,9 +24,9 @@ from pydantic import Field
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.draws import apply_signs, random_signs
 from cgfedllm.codecs.entropy import blocks
-from cgfedllm.codecs.hadamard import LENGTH, padded_shape, transform
+from cgfedllm.codecs.parts.draws import apply_signs, random_signs
+from cgfedllm.codecs.parts.hadamard import LENGTH, padded_shape, transform
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import PacketError
 from cgfedllm.seeding import generator
@@ -60,7 +60,8 @@ class EdenOptions(RateOptions):
     scaling: Literal["least_squares", "unbiased"] = Field(
         default="least_squares",
         description="least_squares: least error of one packet, for error feedback. unbiased: the "
-        "mean over rotations is the update itself, for averaging without error feedback.",
+        "mean over rotations is the update itself, for averaging without error feedback (as far as "
+        "the blocks of 4096 values, dealt out over the whole update, are of equal norm).",
     )
 
 

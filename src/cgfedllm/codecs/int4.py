@@ -4,8 +4,9 @@
 
     payload = scales bfloat16[groups of all factors] | values 4 bits[parameters], low half first
 
-Rows are those of `rows.py`; a row is cut into groups of 64, its last one may be shorter. Groups
-are what makes 4 bits usable (cf. QLoRA, arXiv 2305.14314); bfloat16 keeps huge and tiny scales.
+Rows are those of `parts/rows.py`; a row is cut into groups of 64, its last one may be shorter.
+Groups are what makes 4 bits usable (cf. QLoRA, arXiv 2305.14314); bfloat16 keeps huge and tiny
+scales.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic import Field
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Factor, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, CodecOptions, register
 from cgfedllm.codecs.bf16 import bfloat16_above, from_bfloat16
-from cgfedllm.codecs.rows import from_rows, row_count, to_rows
+from cgfedllm.codecs.parts.rows import from_rows, row_count, to_rows
 
 T = TypeVar("T", bound=np.generic)
 

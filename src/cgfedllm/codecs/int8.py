@@ -4,8 +4,8 @@
 
     payload = scales float32[rows of all factors] | values int8[parameters]
 
-A row is the long axis of a factor (`rows.py`); cf. LLM.int8, arXiv 2208.07339, which scales by
-row and column.
+A row is the long axis of a factor (`parts/rows.py`); cf. LLM.int8, arXiv 2208.07339, which scales
+by row and column.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.rows import count_rows, from_rows, row_count, to_rows
+from cgfedllm.codecs.parts.rows import count_rows, from_rows, row_count, to_rows
 
 _LEVELS = np.float32(127)
 # 2^-126, the smallest normal float32: below it a scale would lose its own precision, and machines

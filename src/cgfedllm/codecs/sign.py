@@ -4,8 +4,8 @@
 
     payload = scales float32[rows of all factors] | bits [parameters], 1 where negative
 
-Rows are those of `rows.py`; bits are in the order of the update's vector, first one highest in
-its byte. With error feedback around it this is EF-signSGD, which converges where plain sign
+Rows are those of `parts/rows.py`; bits are in the order of the update's vector, first one highest
+in its byte. With error feedback around it this is EF-signSGD, which converges where plain sign
 compression need not.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.rows import count_rows, from_rows, row_count, to_rows
+from cgfedllm.codecs.parts.rows import count_rows, from_rows, row_count, to_rows
 
 
 @register

@@ -27,10 +27,10 @@ from pydantic import Field
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.draws import apply_signs, random_order, random_signs
 from cgfedllm.codecs.entropy import blocks
-from cgfedllm.codecs.hadamard import LENGTH, padded_shape, transform
 from cgfedllm.codecs.packet import Packet
+from cgfedllm.codecs.parts.draws import apply_signs, random_order, random_signs
+from cgfedllm.codecs.parts.hadamard import LENGTH, padded_shape, transform
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import CodecError, PacketError
 from cgfedllm.seeding import generator

@@ -22,7 +22,7 @@ from pydantic import Field
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter, blocks
-from cgfedllm.codecs.logscale import SCALE_CODES, scale_codes, scale_values
+from cgfedllm.codecs.parts.logscale import SCALE_CODES, scale_codes, scale_values
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import PacketError
 

@@ -16,9 +16,10 @@ from rich.text import Text
 
 from cgfedllm.analysis.open_loop_rows import ModelRow, ModuleRow, OpenLoop, OpenLoopRow
 from cgfedllm.analysis.structure import Structure
+from cgfedllm.errors import CheckpointError
 from cgfedllm.report.tables import plain_table
 from cgfedllm.report.units import count_of, human_ratio
-from cgfedllm.storage import write_atomic, write_json
+from cgfedllm.storage import read_json, write_atomic, write_json
 
 
 def write_results(
@@ -63,6 +64,37 @@ def write_results(
     summary = folder / "open_loop.json"
     write_json(summary, {**_plain(about), **results_to_dict(results, structures)})
     return [*(folder / name for name in tables), summary]
+
+
+def read_results(folder: Path) -> list[OpenLoop]:
+    """Read back the tables that `write_results` wrote, one entry a recording.
+
+    What was refused is not in them.
+
+    Raises
+    ------
+    CheckpointError
+        If a table is missing or damaged; the message names it.
+    """
+    rounds = read_json(folder / "open_loop.json").get("rounds", {})
+    results = {name: OpenLoop(name, tuple(own)) for name, own in rounds.items()}
+    tables: dict[str, Any] = {
+        "codecs.csv": (OpenLoopRow, lambda result: result.rows),
+        "modules.csv": (ModuleRow, lambda result: result.modules),
+        "models.csv": (ModelRow, lambda result: result.models),
+    }
+    for name, (row_type, rows_of) in tables.items():
+        path = folder / name
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                for cells in csv.DictReader(file):
+                    values = {f.name: _value(cells[f.name], f.type) for f in fields(row_type)}
+                    rows_of(results[values["recording"]]).append(row_type(**values))
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is missing or damaged ({error!r}); run the bench again"
+            ) from None
+    return list(results.values())
 
 
 def results_to_dict(
@@ -166,6 +198,13 @@ def _csv(row_type: type[Any], rows: Iterable[Any]) -> str:
     writer.writerow(names)
     writer.writerows([_cell(getattr(row, name)) for name in names] for row in rows)
     return out.getvalue()
+
+
+def _value(cell: str, kind: Any) -> Any:
+    """Inverse of `_cell`, for a field annotated as text (`kind`)."""
+    if kind.endswith("None") and not cell:
+        return None
+    return {"str": str, "int": int, "float": float}[kind.partition(" ")[0]](cell)
 
 
 def _structure_csv(structures: Mapping[str, Structure]) -> str:

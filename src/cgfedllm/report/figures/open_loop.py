@@ -252,7 +252,10 @@ def _legends(
             loc=corner,
             # off the grid line at the top
             bbox_to_anchor=(0.0, 0.95) if corner == "upper left" else None,
-            frameon=False,
+            # nothing is to be read through it
+            frameon=True,
+            framealpha=1.0,
+            edgecolor="none",
             fontsize=7.5,
             handlelength=2.6,
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cgfedllm.codecs.deadzone import Histogram, Quantiser
+from cgfedllm.codecs.parts.deadzone import Histogram, Quantiser
 
 # dead zones to try, in steps; the first one codes signs
 DEAD_ZONES = (0.001, 0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3)

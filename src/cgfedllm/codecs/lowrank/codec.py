@@ -13,7 +13,7 @@ precision; here
 - the short vectors are sent with a few levels an entry and made orthonormal again on both ends,
   so that pieces are independent and all r of them are complete: no rate is out of reach;
 - a long vector is sent in one of the modes: 1/8 to 1/2 bit an entry by a convolutional code
-  (`trellis.py`), its signs, or dead-zone quantised with one step for all such pieces;
+  (`parts/trellis.py`), its signs, or dead-zone quantised with one step for all such pieces;
 - which pieces are sent, and how, minimises ``squared error + lambda * bits`` over the update.
 """
 
@@ -24,17 +24,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from cgfedllm.adapter import AdapterUpdate, Float32Array
-from cgfedllm.codecs import pieces, trellis
 from cgfedllm.codecs.base import Codec, CodecContext, register
-from cgfedllm.codecs.deadzone import (
-    Histogram,
-    read_levels,
-    write_levels,
-)
 from cgfedllm.codecs.entropy import Float64Array, SymbolReader, SymbolWriter
-from cgfedllm.codecs.fitting import finest_within
-from cgfedllm.codecs.matrices import Batch, batches
-from cgfedllm.codecs.piece_choice import (
+from cgfedllm.codecs.lowrank import pieces
+from cgfedllm.codecs.lowrank.choice import (
     CODES,
     MODES,
     SCALAR,
@@ -44,7 +37,15 @@ from cgfedllm.codecs.piece_choice import (
     depth_of,
     project,
 )
-from cgfedllm.codecs.pieces import IntArray
+from cgfedllm.codecs.lowrank.pieces import IntArray
+from cgfedllm.codecs.parts import trellis
+from cgfedllm.codecs.parts.deadzone import (
+    Histogram,
+    read_levels,
+    write_levels,
+)
+from cgfedllm.codecs.parts.fitting import finest_within
+from cgfedllm.codecs.parts.matrices import Batch, batches
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import CodecError, PacketError
 

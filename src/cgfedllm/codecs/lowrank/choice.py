@@ -5,7 +5,7 @@ r"""Which rank-one pieces are sent, and in which mode: one Lagrangian for the wh
     for each piece and mode:  worth = energy kept - lambda * bits;   the best mode, if worth > 0
     lambda by bisection, so that all of it fills a budget
 
-Modes 1 to 6 are the codes of `trellis.py` at 1/8 to 1 bit an entry, mode 7 is a dead-zone
+Modes 1 to 6 are the codes of `parts/trellis.py` at 1/8 to 1 bit an entry, mode 7 is a dead-zone
 quantiser; what they would keep comes from a model of two numbers a piece, its energy and how
 sign-like its entries are, so nothing is coded to choose.
 """
@@ -18,8 +18,8 @@ import numpy as np
 
 from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array
-from cgfedllm.codecs.matrices import MAX_ROWS, Batch
-from cgfedllm.codecs.pieces import MOST_LEVEL, IntArray
+from cgfedllm.codecs.lowrank.pieces import MOST_LEVEL, IntArray
+from cgfedllm.codecs.parts.matrices import MAX_ROWS, Batch
 from cgfedllm.codecs.rate import largest_within
 
 CODES = (8, 6, 4, 3, 2, 1)

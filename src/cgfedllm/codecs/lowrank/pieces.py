@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array, SymbolReader, SymbolWriter
-from cgfedllm.codecs.trellis import read_bits, write_bits
+from cgfedllm.codecs.parts.trellis import read_bits, write_bits
 from cgfedllm.errors import PacketError
 
 IntArray = NDArray[np.int64]

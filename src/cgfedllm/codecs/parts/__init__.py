@@ -1,0 +1,1 @@
+"""What several codecs are put together from: quantisers, transforms, common random draws."""
