@@ -56,7 +56,8 @@ class Numbers:
         self.open = _csv("open_loop/codecs.csv")
         self.facts = _csv("open_loop/structure.csv")
         self.speed = _json("codec_speed.json").get("results", [])
-        self.closed = {row["candidate"]: row for row in _json("compare_medquad.json")["summary"]}
+        summary = _json("compare_medquad.json")["summary"]
+        self.closed = {row["candidate"]: row for row in summary if row["final_nll"]["n"]}
 
     def block(self, name: str) -> str:
         if name == "structure":

@@ -56,7 +56,7 @@ def draw_closed_loop(results: Mapping[str, Any]) -> Figure:
             if (line := _draw(panel, found, key, styles[label])) is not None
         }
         if start is not None:
-            _draw_level(panel, start, "before training", below=True)
+            _draw_level(panel, start, "before training", below=True, right=True)
         for number, (label, nll) in enumerate(levels.items()):
             # at either end in turn: two references may lie close together
             _draw_level(panel, nll, label, right=bool(number % 2))

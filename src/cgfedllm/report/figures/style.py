@@ -245,12 +245,14 @@ def fit_legend(figure: Figure, axes: Sequence[Axes], lines: Mapping[str, Line2D]
     for panel in axes:
         for text in [t for t in panel.texts if t.get_text() in lines]:
             text.remove()
+    # inches of a line's sample, and of a letter
+    fit = max(1, int(figure.get_size_inches()[0] / (0.7 + 0.066 * max(map(len, lines)))))
     with mpl.rc_context(_LOOK):
         figure.legend(
             list(lines.values()),
             list(lines),
             loc="outside lower center",
-            ncols=min(len(lines), 5),
+            ncols=min(len(lines), fit),
         )
 
 

@@ -1,0 +1,38 @@
+"""The numbers in docs/codecs.md are those of the result files."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import codec_pages
+
+    yield codec_pages
+    del sys.modules["codec_pages"]
+
+
+def test_the_page_is_up_to_date(pages) -> None:  # type: ignore[no-untyped-def]
+    page = pages.PAGE.read_text(encoding="utf-8")
+    assert pages.filled(page) == page, "run `python benchmarks/codec_pages.py`"
+
+
+def test_every_block_names_a_codec_or_a_table(pages) -> None:  # type: ignore[no-untyped-def]
+    from cgfedllm.codecs import codec_names
+
+    page = pages.PAGE.read_text(encoding="utf-8")
+    names = [match[2] for match in pages.BLOCK.finditer(page)]
+    assert set(names) <= {*codec_names(), "structure", "closed loop"}
+    assert len(names) == len(set(names)) == page.count("<!-- numbers: ")
+
+
+def test_figures_of_the_page_exist(pages) -> None:  # type: ignore[no-untyped-def]
+    import re
+
+    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", pages.PAGE.read_text(encoding="utf-8")):
+        assert (pages.PAGE.parent / target).resolve().is_file(), target
