@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cgfedllm.analysis.open_loop import measure
 from cgfedllm.analysis.open_loop_rows import OpenLoop
 from cgfedllm.analysis.peers import PREFIX, peer_version
+from cgfedllm.analysis.portable import portable_tree
 from cgfedllm.analysis.samples import UPDATES, count_updates
 from cgfedllm.analysis.structure import Structure, measure_structure
 from cgfedllm.analysis.trials import RATES, read_candidate, trials
@@ -144,16 +145,13 @@ def _environment(seed: int) -> dict[str, Any]:
 
 
 def _origin(recording: Recording) -> dict[str, Any]:
-    config = recording.config.model_dump(exclude_none=True)
-    # where the data lay on that machine is nobody's business; its name is
-    config["data"]["source"] = Path(config["data"]["source"]).name
     return {
         "updates": len(recording),
         "rounds": len(recording.rounds()),
         "clients": len(recording.clients()),
         "local_steps": sorted({entry.steps for entry in recording.entries}),
         "spec_hash": recording.spec.hash.hex(),
-        "config": config,
+        "config": portable_tree(recording.config),
     }
 
 

@@ -16,7 +16,8 @@ import cgfedllm
 from cgfedllm import events
 from cgfedllm.analysis.candidates import Candidate, candidates_of
 from cgfedllm.analysis.closed_loop import ClosedLoop, Outcome
-from cgfedllm.analysis.closed_loop_file import portable_command, portable_config, read_results
+from cgfedllm.analysis.closed_loop_file import read_results
+from cgfedllm.analysis.portable import portable_command, portable_config
 from cgfedllm.analysis.tuning import parse_tuning
 from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError

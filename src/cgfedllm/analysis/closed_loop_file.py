@@ -5,16 +5,12 @@ It is rebuilt from the run folders whenever something finishes, and says which c
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import sys
-import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import tomli_w
 
 from cgfedllm.analysis.candidates import Candidate
 from cgfedllm.analysis.curves import (
@@ -28,6 +24,7 @@ from cgfedllm.analysis.curves import (
     total,
     uplink,
 )
+from cgfedllm.analysis.portable import portable_command, portable_config
 from cgfedllm.analysis.tuning import JUDGED_ON, Choice, Tuning
 from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError
@@ -159,38 +156,6 @@ def read_results(path: Path | str) -> dict[str, Any]:
             f"{path} has format {found.get('format')!r}; this release reads {FORMAT}"
         )
     return found
-
-
-def portable_command(arguments: Sequence[str]) -> str:
-    """A command line without the folders of this machine."""
-    program = "cgfedllm" if arguments and "cgfedllm" in arguments[0] else Path(arguments[0]).name
-    return shlex.join([program, *map(_portable, arguments[1:])])
-
-
-def portable_config(config: Config) -> str:
-    """The resolved configuration as TOML, without the folders of this machine."""
-    return tomli_w.dumps(_map_strings(tomllib.loads(config.to_toml()), _portable))
-
-
-def _portable(text: str) -> str:
-    """A path below the working folder relative to it, any other absolute path as its last part."""
-    key, equals, value = text.rpartition("=")
-    if equals and value.strip("\"'").startswith("/"):
-        return f"{key}={_portable(value.strip(chr(34) + chr(39)))}"
-    if not text.startswith("/"):
-        return text
-    try:
-        return str(Path(text).relative_to(Path.cwd()))
-    except ValueError:
-        return Path(text).name
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
 
 
 def _what(matrix: Matrix) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""What a results file may tell of the machine that wrote it: no folders of its own.
+
+Where data lay is nobody's business, and results are made to be passed on.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from cgfedllm.config import Config
+
+
+def portable_command(arguments: Sequence[str]) -> str:
+    """A command line without the folders of this machine."""
+    program = "cgfedllm" if arguments and "cgfedllm" in arguments[0] else Path(arguments[0]).name
+    return shlex.join([program, *map(_portable, arguments[1:])])
+
+
+def portable_config(config: Config) -> str:
+    """The resolved configuration as TOML, without the folders of this machine."""
+    return tomli_w.dumps(portable_tree(config))
+
+
+def portable_tree(config: Config) -> dict[str, Any]:
+    """The same as nested tables."""
+    tree: dict[str, Any] = _map_strings(config.model_dump(exclude_none=True), _portable)
+    return tree
+
+
+def _portable(text: str) -> str:
+    """A path below the working folder relative to it, any other absolute path as its last part."""
+    key, equals, value = text.rpartition("=")
+    if equals and value.strip("\"'").startswith("/"):
+        return f"{key}={_portable(value.strip(chr(34) + chr(39)))}"
+    if not text.startswith("/"):
+        return text
+    try:
+        return str(Path(text).relative_to(Path.cwd()))
+    except ValueError:
+        return Path(text).name
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
