@@ -175,15 +175,7 @@ class Codec(ABC):
             previous aggregate that is not there, or decode to something that is not an update.
             Nothing else is raised, nothing else happens.
         """
-        packet = Packet.from_bytes(blob)
-        packet.check(
-            codec=self.name,
-            codec_version=self.version,
-            spec_hash=context.spec.hash,
-            state_hash=context.state.hash,
-            round=context.round,
-            parameters=context.spec.size,
-        )
+        packet = self._open(blob, context)
         context = self._as_coded(packet, context)
         size = self.payload_size(context.spec)
         if size is not None and len(packet.payload) != size:
@@ -226,6 +218,19 @@ class Codec(ABC):
         Codecs that give a number are never handed a payload of another length to decode.
         """
         return None
+
+    def _open(self, blob: bytes, context: CodecContext) -> Packet:
+        """The packet in these bytes, if it is this codec's and for this context."""
+        packet = Packet.from_bytes(blob)
+        packet.check(
+            codec=self.name,
+            codec_version=self.version,
+            spec_hash=context.spec.hash,
+            state_hash=context.state.hash,
+            round=context.round,
+            parameters=context.spec.size,
+        )
+        return packet
 
     def _as_coded(self, packet: Packet, context: CodecContext) -> CodecContext:
         """The context the packet was coded in: with the previous aggregate or without."""

@@ -28,7 +28,6 @@ from pydantic import Field
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
 from cgfedllm.codecs.entropy import blocks
-from cgfedllm.codecs.packet import Packet
 from cgfedllm.codecs.parts.draws import apply_signs, random_order, random_signs
 from cgfedllm.codecs.parts.hadamard import LENGTH, padded_shape, transform
 from cgfedllm.codecs.rate import RateOptions, payload_bits
@@ -118,15 +117,7 @@ class Sketch(Codec):
         count = self.numbers(context.spec)
         read = []
         for blob in packets:
-            packet = Packet.from_bytes(blob)
-            packet.check(
-                codec=self.name,
-                codec_version=self.version,
-                spec_hash=context.spec.hash,
-                state_hash=context.state.hash,
-                round=context.round,
-                parameters=context.spec.size,
-            )
+            packet = self._open(blob, context)
             read.append((packet, *_read(packet.payload, count)))
         # an all-zero sketch has no scale of its own
         used = [(levels, exponent) for _, levels, exponent in read if levels.any()]
