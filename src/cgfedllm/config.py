@@ -37,7 +37,7 @@ EMBEDDED_MODEL = "embedded"
 DEMO_DATA = "demo"
 WITHOUT_FLUSH: dict[str, Any] = {"uplink.flush": "", "uplink.flush_options": {}}
 """Overrides for a run without the round after the last."""
-_PATH_KEYS = ("data.source", "data.heldout_source", "model.id")
+_PATH_KEYS = ("data.source", "data.heldout_source", "model.id", "uplink.state")
 
 
 class Section(BaseModel):
@@ -168,6 +168,11 @@ class DataConfig(Section):
     seed: NonNegative | None = None
     """Seed of the partition and the splits alone; None: the run's seed. Set it to train several
     seeds on one and the same split."""
+    part: Literal["all", "d1", "d2"] = "all"
+    """Which of a client's training rows are used: all; d1, on which codecs are pre-trained (TGAP);
+    d2, the others. Rows kept for evaluation are the same in each."""
+    d1_share: PositiveFraction = 0.3
+    """Share of each client's training rows that makes up d1."""
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     """Which client gets which rows."""
     splits: SplitConfig = Field(default_factory=SplitConfig)
@@ -270,9 +275,10 @@ class FederationConfig(Section):
     """Flower's aggregation strategy."""
     server_lr: PositiveFloat = 1.0
     """W_{t+1} = W_t + server_lr * (what the strategy proposes - W_t)."""
-    aggregation: Literal["factors", "product"] = "factors"
-    """factors: A and B are averaged apart (as in the paper). product: the products B A are
-    averaged exactly and factored back to rank r by SVD."""
+    aggregation: Literal["factors", "sum", "product"] = "factors"
+    """factors: A and B are averaged apart. sum: decoded changes of A and B are summed, not averaged
+    (as CG-FedLLM's Algorithm 1 is printed). product: the products B A are averaged exactly and
+    factored back to rank r by SVD."""
     timeout: PositiveFloat = 3600.0
     """Seconds to wait for the replies of one round."""
     stateless: bool = False
@@ -285,10 +291,10 @@ class FederationConfig(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> FederationConfig:
-        if self.aggregation == "product" and self.strategy.name != "fedavg":
+        if self.aggregation != "factors" and self.strategy.name != "fedavg":
             raise ValueError(
-                "aggregation = 'product' is an average of its own and goes with strategy.name "
-                f"'fedavg', not {self.strategy.name!r}"
+                f"aggregation = {self.aggregation!r} is a rule of its own and goes with "
+                f"strategy.name 'fedavg', not {self.strategy.name!r}"
             )
         return self
 
@@ -343,6 +349,12 @@ class UplinkConfig(CodecConfig):
     et al., arXiv 1901.09847). No effect on lossless codecs, nor with federation.stateless."""
     error_feedback_decay: Fraction = 1.0
     """The residual is multiplied by this before it is added."""
+    state: str | None = None
+    """Codec file of a pre-trained codec (`cgfedllm pretrain` writes them). Its options hold unless
+    uplink.options says otherwise. None: a learned codec starts from nothing."""
+    adapt_every: NonNegative = 0
+    """A learned codec learns from what the server decoded after every so many rounds (FAF), and
+    clients are sent what it learned; 0: it stays as it is."""
     flush: str = ""
     """Codec of one more round after the last, e.g. "int8", in which nobody trains and all connected
     clients send the residual they hold, times the decay; "": none. Weights are those of updates."""

@@ -35,6 +35,14 @@ class CodecError(CgFedLlmError, ValueError):
     """A codec was asked for something it cannot do (unknown name, bad options, bad input)."""
 
 
+class CodecStateError(CgFedLlmError, ValueError):
+    """A learned codec's state is missing, damaged, or of another codec, release or adapter."""
+
+
+class PrivacyError(CgFedLlmError, ValueError):
+    """A privacy budget or mechanism is asked for that does not exist, or the budget is spent."""
+
+
 class TrainingError(CgFedLlmError):
     """Local training cannot go on (for example the loss is no longer finite)."""
 

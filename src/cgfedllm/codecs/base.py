@@ -12,11 +12,13 @@ feedback, lives in `feedback.py` and goes around any codec.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,12 +45,24 @@ class CodecState:
     hash : bytes, length 8
         Identifies the content; packets carry it so that the two ends cannot disagree unnoticed.
     tensors : dict of ndarray
-        The values.
+        The values. Nobody changes them in place.
     """
 
     version: int = 0
     hash: bytes = NO_STATE
     tensors: dict[str, np.ndarray[Any, np.dtype[Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray[Any, np.dtype[Any]]], version: int = 0) -> Self:
+        """A state with the hash that belongs to its content."""
+        digest = hashlib.blake2b(version.to_bytes(8, "little"), digest_size=len(NO_STATE))
+        arrays = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+        for name, array in arrays.items():
+            # byte order spelt out: equal values hash alike on every machine
+            plain = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            digest.update(f"{name}:{plain.dtype.str}:{plain.shape};".encode())
+            digest.update(plain.tobytes())
+        return cls(version, digest.digest(), arrays)
 
 
 @dataclass(frozen=True)
@@ -191,6 +205,13 @@ class Codec(ABC):
         if not np.isfinite(vector).all():
             raise PacketError(f"{self.name}: payload decodes to NaN or infinity")
         return AdapterUpdate(context.spec, vector)
+
+    def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
+        """What both ends know before anything is learned; empty for codecs that do not learn.
+
+        The same on every machine, so it need not be sent.
+        """
+        return CodecState()
 
     def packet_size(self, spec: AdapterSpec) -> int | None:
         """Length of every packet for this adapter in bytes, header included.

@@ -1,0 +1,220 @@
+"""The second face of the contract: codecs that learn.
+
+::
+
+    recording --fit (TGAP)--> state 0 --adapt (FAF)--> state 1 --adapt--> ...
+    encode and decode take the state from the context and change nothing
+
+A state is data (named arrays), the same on both ends. Who keeps it, sends it and counts its bytes
+is not a codec's business: see `tgap/` for the first arrow and `federation/` for the others.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs.base import Codec, CodecState
+from cgfedllm.errors import CodecStateError
+
+Array = NDArray[Any]
+
+
+class Updates(Protocol):
+    """Updates to learn from, read one at a time; a recording's samples, or a list in tests."""
+
+    spec: AdapterSpec
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> AdapterUpdate: ...
+
+    def __iter__(self) -> Iterator[AdapterUpdate]: ...
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How long and on what `LearnedCodec.fit` learns.
+
+    Parameters
+    ----------
+    epochs : int
+        Most passes over the training updates.
+    patience : int
+        Stop after so many epochs in a row without a better fidelity on the validation updates.
+    seed : int
+        Of everything random in it.
+    """
+
+    epochs: int = 200
+    patience: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FitProgress:
+    """Where a fit stands after an epoch; enough to go on from.
+
+    Parameters
+    ----------
+    curve : tuple of dict
+        One row an epoch so far: "epoch" from 1, "train_loss", "validation_snr_db",
+        "validation_cosine", "validation_bpp", "seconds" since the fit began (resumed time
+        included).
+    best : int
+        Epoch whose state is the best so far on the validation updates.
+    tensors : dict of ndarray
+        Everything needed to go on: current values, best values, optimiser moments.
+    """
+
+    curve: tuple[Mapping[str, float], ...]
+    best: int
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+
+
+OnEpoch = Callable[[FitProgress], None]
+
+
+class LearnedCodec(Codec):
+    """A codec with a state that is fitted on recorded updates and kept current by decoded ones."""
+
+    kind = "learned"
+
+    @abstractmethod
+    def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
+        """The state before anything is learned, version 0."""
+
+    @abstractmethod
+    def fit(
+        self,
+        train: Updates,
+        validation: Updates,
+        settings: FitSettings,
+        *,
+        resume: FitProgress | None = None,
+        on_epoch: OnEpoch = lambda progress: None,
+    ) -> CodecState:
+        """Learn from recorded updates (TGAP).
+
+        Parameters
+        ----------
+        train, validation : Updates
+            Of one adapter spec; the state that does best on `validation` is returned.
+        settings : FitSettings
+            Length and seed.
+        resume : FitProgress, optional
+            Go on from here, with the same updates and settings: the result is that of an unbroken
+            fit.
+        on_epoch : callable
+            Told after every epoch; what it raises stops the fit.
+
+        Returns
+        -------
+        CodecState
+            Version 0.
+
+        Raises
+        ------
+        CodecStateError
+            If there is nothing to learn from, or `resume` is of another fit.
+        """
+
+    @abstractmethod
+    def adapt(
+        self, state: CodecState, updates: Sequence[AdapterUpdate], *, round: int, seed: int
+    ) -> CodecState:
+        """Learn from what the server decoded in a round (FAF).
+
+        Returns
+        -------
+        CodecState
+            Version `state.version` + 1; the same object if there was nothing to learn.
+        """
+
+    def check_state(self, state: CodecState, spec: AdapterSpec) -> None:
+        """Verify that a state fits this codec, its options and an adapter.
+
+        Raises
+        ------
+        CodecStateError
+            If an array is missing, too many, of another shape or type, or not finite.
+        """
+        wanted = self.initial_state(spec).tensors
+        if set(wanted) != set(state.tensors):
+            odd = sorted(set(wanted) ^ set(state.tensors))
+            raise CodecStateError(
+                f"the state is not one of codec {self.name!r} with these options: "
+                f"{odd[0]!r} is {'missing' if odd[0] in wanted else 'unknown'}"
+            )
+        for name, array in wanted.items():
+            found = state.tensors[name]
+            if (found.shape, found.dtype) != (array.shape, array.dtype):
+                raise CodecStateError(
+                    f"the state is not one of codec {self.name!r} with these options and this "
+                    f"adapter: {name!r} is {found.dtype}{found.shape}, not "
+                    f"{array.dtype}{array.shape}"
+                )
+            if found.dtype.kind == "f" and not np.isfinite(found).all():
+                raise CodecStateError(f"the state is damaged: {name!r} holds NaN or infinity")
+
+    def pack_state(self, state: CodecState, base: CodecState | None = None) -> bytes:
+        """A state as bytes for the wire.
+
+        Parameters
+        ----------
+        base : CodecState, optional
+            What the receiver holds, one version before; codecs may send the difference only.
+        """
+        from safetensors.numpy import save
+
+        return bytes(save(dict(state.tensors), {"version": str(state.version)}))
+
+    def unpack_state(
+        self, blob: bytes, spec: AdapterSpec, base: CodecState | None = None
+    ) -> CodecState:
+        """Inverse of `pack_state`.
+
+        Raises
+        ------
+        CodecStateError
+            If the bytes are not a state of this codec for this adapter.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        limit = self.state_limit(spec)
+        if len(blob) > limit:
+            raise CodecStateError(
+                f"a state of {len(blob)} bytes; codec {self.name!r} has at most {limit} here"
+            )
+        try:
+            header = int.from_bytes(blob[:8], "little")
+            metadata = _metadata(blob, header)
+            tensors = load(blob)
+            version = int(metadata["version"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CodecStateError(f"the state is damaged: {error!r}") from None
+        if not 0 <= version < 2**32:
+            raise CodecStateError(f"the state is damaged: its version is {version}")
+        state = CodecState.of(tensors, version)
+        self.check_state(state, spec)
+        return state
+
+    def state_limit(self, spec: AdapterSpec) -> int:
+        """Longest packed state that can make sense, in bytes."""
+        tensors = self.initial_state(spec).tensors
+        return sum(array.nbytes + 256 + 4 * len(name) for name, array in tensors.items()) + 4096
+
+
+def _metadata(blob: bytes, header: int) -> dict[str, str]:
+    found = json.loads(blob[8 : 8 + header])
+    if not isinstance(found, dict) or not isinstance(found.get("__metadata__"), dict):
+        raise ValueError("no metadata")
+    return dict(found["__metadata__"])
