@@ -59,7 +59,9 @@ class Api(SimpleNamespace):
 
     def evaluate(self, path: Path, **options: Any) -> SimpleNamespace:
         self.calls.append(("evaluate", path, options))
-        return SimpleNamespace(rows=lambda: [("NLL", "2.5")], to_dict=lambda: {"nll": 2.5})
+        return SimpleNamespace(
+            rows=lambda: [("NLL", "2.5")], to_dict=lambda: {"nll": 2.5}, benchmarks=[], files=[]
+        )
 
     def export(self, run_dir: Path, to: Path, merge: bool = False) -> Path:
         self.calls.append(("export", run_dir, to, merge))
@@ -172,6 +174,7 @@ def test_run_json(cli: Cli, api: Api) -> None:
         (["compare", "--codec", "raw", "--codec", "int8", "--tune", "lr"], "KEY=value"),
         (["compare", "--codec", "raw", "--plot", "r.json"], "leave --codec out"),
         (["evaluate", "x", "--split", "train"], "one of heldout, validation, test"),
+        (["evaluate", "x", "--benchmark", "mmul"], "no benchmark 'mmul'"),
         (["config", "zzz"], "no key contains"),
         (["resume"], "Missing argument"),
     ],
@@ -282,9 +285,24 @@ def test_compare_only_plots(cli: Cli, api: Api) -> None:
 
 def test_evaluate(cli: Cli, api: Api) -> None:
     assert cli("evaluate", "runs/x", "--split", "test").stdout == "NLL  2.5\n"
-    assert api.calls == [("evaluate", Path("runs/x"), {"config": None, "split": "test"})]
+    _, path, options = api.calls[0]
+    assert (path, options["config"], options["split"]) == (Path("runs/x"), None, "test")
+    assert (options["benchmarks"], options["samples"], options["base"]) == ((), 0, True)
     assert json.loads(cli("evaluate", "a", "--set", "seed=1", "--json").stdout) == {"nll": 2.5}
     assert api.calls[1][2]["config"].seed == 1
+
+
+def test_evaluate_with_benchmarks_and_samples(cli: Cli, api: Api) -> None:
+    cli(
+        *("evaluate", "a", "--benchmark", "ceval", "--benchmark", "mmlu", "--shots", 5),
+        *("--per-subject", 20, "--hub", "data", "--sample", 3, "--max-new-tokens", 9),
+        *("--no-base", "--to", "out"),
+    )
+    options = api.calls[0][2]
+    assert options["benchmarks"] == ["ceval", "mmlu"]
+    assert (options["shots"], options["per_subject"], options["hub"]) == (5, 20, Path("data"))
+    assert (options["samples"], options["max_new_tokens"]) == (3, 9)
+    assert (options["base"], options["to"]) == (False, Path("out"))
 
 
 def test_export(cli: Cli, api: Api) -> None:

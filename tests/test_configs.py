@@ -16,9 +16,6 @@ def test_all_are_there() -> None:
         "medquad",
         "dolly",
         "gsm8k",
-        "paper-llama-dolly",
-        "paper-llama-ceval",
-        "paper-qwen-mmlu",
     }
 
 
@@ -34,37 +31,6 @@ def test_opens_with_the_command_that_launches_it(path: Path) -> None:
     assert f"cgfedllm {command} configs/{path.name}" in first
     assert first.startswith("# ")
     assert second.startswith("#")
-
-
-@pytest.mark.parametrize(
-    ("name", "rounds", "clients", "fraction", "batch", "micro", "lr", "rank", "epochs"),
-    [
-        ("paper-llama-dolly", 20, 100, 0.05, 32, 16, 1.5e-4, 8, 1),
-        ("paper-llama-ceval", 5, 3, 1.0, 24, 8, 2.0e-4, 16, 3),
-        ("paper-qwen-mmlu", 8, 3, 1.0, 8, 4, 3.5e-4, 8, 2),
-    ],
-)
-def test_paper_set_ups_have_the_papers_numbers(
-    name: str,
-    rounds: int,
-    clients: int,
-    fraction: float,
-    batch: int,
-    micro: int,
-    lr: float,
-    rank: int,
-    epochs: int,
-) -> None:
-    config = load_config(CONFIGS / f"{name}.toml")
-    assert config.federation.rounds == rounds
-    assert config.data.partition.clients == clients
-    assert config.federation.fraction_train == fraction
-    assert config.training.batch_size == batch
-    assert config.training.micro_batch_size == micro
-    assert config.training.lr == lr
-    assert config.lora.rank == rank
-    assert config.training.local_epochs == epochs
-    assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def test_quickstart_needs_nothing_from_outside() -> None:

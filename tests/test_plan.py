@@ -11,12 +11,16 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.architectures import architecture
-from cgfedllm.codecs import CodecContext, CodecOptions, make_codec
+from cgfedllm.codecs import CodecContext, CodecOptions, CodecState, base, make_codec
+from cgfedllm.codecs.learned import LearnedCodec
 from cgfedllm.config import load_config
-from cgfedllm.errors import ConfigError, ModelError
+from cgfedllm.errors import CodecStateError, ConfigError, ModelError
+from cgfedllm.federation.codec_state import CodecBroadcaster, pack_whole
 from cgfedllm.federation.downlink import Broadcaster
 from cgfedllm.lora import specs_from_config
 from cgfedllm.plan import Link, Plan, make_plan
+from cgfedllm.reproduce.scales import experiment_config, find_scale
+from cgfedllm.tgap.codec_file import save_codec_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -60,7 +64,7 @@ def test_known_architectures(model: str, parameters: int) -> None:
 
 
 def test_llama_7b_as_in_the_paper() -> None:
-    result = make_plan(load_config(CONFIGS / "paper-llama-dolly.toml"))
+    result = make_plan(experiment_config(find_scale("paper"), "llama-dolly"))
     assert result.model.trained == 8_388_608
     assert result.model.tensors == 256
     assert (result.clients, result.sampled, result.rounds) == (100, 5, 20)
@@ -304,3 +308,89 @@ def test_a_codec_with_a_bit_budget_is_planned_by_it(
     assert not result.uplink.exact
     assert result.uplink.total == 30 * result.uplink.packet
     assert f"about {result.uplink.packet:,} bytes" in dict(result.rows())["uplink packet"]
+
+
+# ---- codecs that learn --------------------------------------------------------------------------
+
+
+class Learning(LearnedCodec):
+    """int8 with a state of four numbers."""
+
+    name = "test-learning"
+
+    def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
+        return CodecState.of({"values": np.zeros(4, np.float32)})
+
+    def payload_size(self, spec: AdapterSpec) -> int:
+        return spec.size
+
+    def adapt(self, state: CodecState, *args: Any, **kwargs: Any) -> CodecState:
+        return CodecState.of(state.tensors, state.version + 1)
+
+    fit = _encode = _decode = None  # type: ignore[assignment]
+
+
+@pytest.fixture
+def learning(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(base._REGISTRY, Learning.name, Learning)
+    return f"uplink.name={Learning.name}"
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 4])
+@pytest.mark.parametrize("stateless", [False, True])
+def test_codec_state_is_what_the_broadcaster_sends(
+    tiny: str, learning: str, every: int, stateless: bool
+) -> None:
+    rounds, clients = 6, 3
+    result = plan(
+        tiny,
+        learning,
+        f"uplink.adapt_every={every}",
+        f"federation.rounds={rounds}",
+        f"federation.stateless={str(stateless).lower()}",
+        clients=clients,
+    )
+    spec = AdapterSpec.from_shapes({"x": (result.model.trained,)})
+    codec = make_codec(Learning.name)
+    assert isinstance(codec, LearnedCodec)
+    state = codec.initial_state(spec)
+    server = CodecBroadcaster(spec, codec, state, derived=True, stateless=stateless)
+    sent = []
+    for round_ in range(1, rounds + 1):
+        sent += [server.broadcast(str(client)).blob for client in range(clients)]
+        if every and round_ % every == 0:
+            server.adapt([], round=round_, seed=0)
+    planned = result.codec_state
+    assert planned is not None
+    assert planned.state == len(pack_whole(codec, state))
+    assert planned.sent == sum(bool(blob) for blob in sent)
+    # an increment may be shorter than the whole that is planned for it
+    assert sum(map(len, sent)) <= planned.total == planned.sent * planned.state
+    assert sum(map(len, sent)) == planned.total or not stateless
+
+
+def test_pre_training_is_named(tiny: str, learning: str, tmp_path: Path) -> None:
+    cold = plan(tiny, learning, clients=3)
+    assert cold.codec_state.sent == 0
+    rows = dict(cold.rows())
+    assert rows["codec state, down"].startswith("at most 0 B: 0 times")
+    assert "pre-training" not in rows
+    codec = make_codec(Learning.name)
+    assert isinstance(codec, LearnedCodec)
+    path = tmp_path / "codec.safetensors"
+    config = load_config(None, [tiny])
+    spec, _ = specs_from_config(make_transformers_config(config.model.id), config.lora)
+    card = {"cost": {"uplink_bytes": 2**20, "downlink_bytes": 2**21}}
+    save_codec_file(path, codec, codec.initial_state(spec), spec, card)
+    found = plan(tiny, learning, f"uplink.state={path}", clients=3)
+    assert (found.codec_state.sent, found.codec_state.tgap_uplink) == (3, 2**20)
+    assert dict(found.rows())["pre-training"] == "1.00 MiB up and 2.00 MiB down, before this run"
+    assert found.to_dict()["codec_state"]["tgap_downlink"] == 2**21
+    with pytest.raises(CodecStateError, match="of another adapter"):
+        plan(tiny, learning, f"uplink.state={path}", "lora.rank=2")
+
+
+def test_codecs_that_learn_nothing_have_no_such_rows(tiny: str) -> None:
+    result = plan(tiny, "uplink.name=int8")
+    assert result.codec_state is None
+    assert not any("codec state" in label for label, _ in result.rows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_records_round_trip(config: Config) -> None:
         for round in range(3):
             run.append(_record(round))
     assert RunFolder(config.run_dir).records() == [_record(r) for r in range(3)]
+
+
+def test_records_from_before_codecs_learned_are_read(config: Config) -> None:
+    with RunFolder.create(config) as run:
+        run.append(_record(1))
+        line = json.loads(run.metrics_path.read_text())
+        new = {key for key in line if key.startswith(("codec_", "tgap_"))}
+        assert len(new) == 4
+        row = {key: value for key, value in line.items() if key not in new}
+        for client in row["clients"]:
+            del client["codec_bytes"]
+        run.metrics_path.write_text(json.dumps(row) + "\n")
+        assert run.records() == [_record(1)]
 
 
 def test_a_torn_last_line_is_passed_over_and_healed(config: Config) -> None:
@@ -93,7 +107,13 @@ def test_a_run_without_progress_is_simply_started_again(config: Config) -> None:
 def test_overwrite_removes_the_run_and_nothing_else(config: Config) -> None:
     with RunFolder.create(config) as run:
         run.append(_record(1))
-        for folder in (run.checkpoints_dir, run.clients_dir, run.adapter_dir, run.tensorboard_dir):
+        for folder in (
+            run.checkpoints_dir,
+            run.clients_dir,
+            run.adapter_dir,
+            run.tensorboard_dir,
+            run.evaluation_dir,
+        ):
             folder.mkdir()
             (folder / "file").touch()
         run.report_path.touch()

@@ -11,7 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cgfedllm.api import RunResult, compare, evaluate, export, record, reference, resume, run
+    from cgfedllm.api import (
+        RunResult,
+        compare,
+        evaluate,
+        export,
+        pretrain,
+        record,
+        reference,
+        resume,
+        run,
+    )
     from cgfedllm.config import Config, load_config
 
 __version__ = "0.1.0"
@@ -23,6 +33,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "pretrain",
     "record",
     "reference",
     "resume",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +15,12 @@ from cgfedllm.analysis.candidates import REFERENCES, Candidate
 from cgfedllm.analysis.curves import ComparisonEntry
 from cgfedllm.config import WITHOUT_FLUSH, Config
 from cgfedllm.errors import (
-    AdapterError,
     CheckpointError,
     ConfigError,
     RecordingError,
     RunInterrupted,
 )
+from cgfedllm.evaluating import EvaluationResult, evaluate_adapter, read_adapter
 from cgfedllm.interrupt import check_interrupt, stoppable
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.runs import RunFolder
@@ -28,7 +28,12 @@ from cgfedllm.storage import remove_leftovers
 from cgfedllm.workspace import Workspace, workspace_for
 
 if TYPE_CHECKING:
+    from cgfedllm.analyses import AnalysisResult
     from cgfedllm.bench import BenchResult
+    from cgfedllm.pretraining import PretrainResult
+    from cgfedllm.reproduce.paper import PaperResult
+    from cgfedllm.tgap.index import RecordingKind
+    from cgfedllm.tgap.recording import Recording
 
 Listener = Callable[[events.Event], None]
 Split = Literal["heldout", "validation", "test"]
@@ -123,43 +128,6 @@ class RecordingResult:
         }
 
 
-@dataclass(frozen=True)
-class SplitResult:
-    """Loss on one set of rows."""
-
-    name: str
-    nll: float
-    perplexity: float
-    rows: int
-    label_tokens: int
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Loss of an adapter, and of the base model without it, on the same rows."""
-
-    split: str
-    adapter: list[SplitResult]
-    base: list[SplitResult] = field(default_factory=list)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """For a table of two columns."""
-        before = {result.name: result.nll for result in self.base}
-        return [
-            (
-                result.name,
-                f"NLL {result.nll:.4f} (base {before[result.name]:.4f}, "
-                f"{result.nll - before[result.name]:+.4f}), perplexity {result.perplexity:.2f}, "
-                f"{result.rows} rows, {result.label_tokens} tokens",
-            )
-            for result in self.adapter
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for JSON."""
-        return asdict(self)
-
-
 def run(
     config: Config, *, overwrite: bool = False, listeners: Sequence[Listener] = ()
 ) -> RunResult:
@@ -209,7 +177,8 @@ def resume(run_dir: Path | str, *, listeners: Sequence[Listener] = ()) -> RunRes
                 "overwrite"
             )
         # we hold the lock, so temp files here are those of a process that was killed
-        for part in (folder.checkpoints_dir, folder.adapter_dir, *folder.clients_dir.glob("*")):
+        inside = (folder.checkpoints_dir, folder.adapter_dir, *folder.clients_dir.glob("*"))
+        for part in (folder.path, *inside):
             remove_leftovers(part)
         folder.note_resume(records[-1].round if records else 0)
         return _federate(config, folder, [*_recorder_of(folder, config), *listeners])
@@ -244,14 +213,14 @@ def reference(
 def record(
     config: Config,
     to: Path | str | None = None,
-    kind: Literal["federated", "centralised"] = "federated",
+    kind: RecordingKind = "federated",
     overwrite: bool = False,
     listeners: Sequence[Listener] = (),
 ) -> RecordingResult:
     """Run an experiment and keep every client's update of every round.
 
-    Called again it goes on with a federated run that was stopped, and with its recording; a
-    centralised one has no checkpoints and starts again. A complete one is returned as it is.
+    Called again it goes on with a federated run that was stopped, and with its recording; the
+    others have no checkpoints and start again. A complete one is returned as it is.
 
     Parameters
     ----------
@@ -260,8 +229,9 @@ def record(
     to : path-like, optional
         Folder of the recording, new or empty; by default ``recording`` in the run folder.
     kind : str
-        "federated", or "centralised": the reference of that name, recorded as one client whose
-        updates are the changes over each round's worth of steps.
+        "federated"; "centralised": the reference of that name, recorded as one client whose
+        updates are the changes over each round's worth of steps; or "local-only": every client on
+        its own rows from start to end, recorded likewise.
     overwrite : bool
         Remove an earlier run of the same name, and a recording in `to`, first.
     listeners : sequence of callables
@@ -274,13 +244,13 @@ def record(
     RecordingError
         If `to` holds something else, or the run was not recorded from its start.
     """
-    from cgfedllm.tgap.index import is_recording
+    from cgfedllm.tgap.index import KINDS, is_recording
     from cgfedllm.tgap.recorder import Recorder, check_goes_on, check_lossless
     from cgfedllm.tgap.writer import check_vacant
 
-    if kind not in ("federated", "centralised"):
-        raise ConfigError(f"a recording is federated or centralised; got {kind!r}")
-    if kind == "centralised":
+    if kind not in KINDS:
+        raise ConfigError(f"a recording is one of {', '.join(KINDS)}; got {kind!r}")
+    if kind != "federated":
         config = config.with_overrides({"name": f"{config.name}-{kind}", **WITHOUT_FLUSH})
     else:
         check_lossless(config)
@@ -302,6 +272,63 @@ def record(
         else:
             result = _train_reference(config, kind, overwrite or started, heard)
     return _recorded(result, target)
+
+
+def pretrain(
+    config: Config,
+    codec: str,
+    *,
+    recordings: Sequence[Path | str] = (),
+    to: Path | str | None = None,
+    overwrite: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> PretrainResult:
+    """Fit a learned codec on recorded updates before it is used (TGAP).
+
+    Without `recordings` updates are collected first, on D1 (`data.part`) and uncompressed, in the
+    run ``OUTPUT/NAME-tgap``. Called again after a stop it goes on: with a federated run after its
+    last round, with a fit after its last epoch, to the same codec. A complete one is returned as
+    it is.
+
+    Parameters
+    ----------
+    config : Config
+        The experiment; table ``[tgap]`` says how updates are collected, sampled and held out.
+    codec : str
+        ``NAME`` or ``NAME:key=value,...``, a codec that learns.
+    recordings : sequence of path-like
+        Folders that `record` made, of one adapter.
+    to : path-like, optional
+        The codec file; ``OUTPUT/NAME-tgap/codec.safetensors`` by default.
+    overwrite : bool
+        Fit anew, and collect anew, whatever is there.
+    listeners : sequence of callables
+        Told every event (`cgfedllm.events`).
+
+    Raises
+    ------
+    ConfigError
+        If the codec learns nothing, or ``[tgap]`` asks for what cannot be.
+    DataError
+        If a client has no row for D1 or none for D2.
+    RecordingError
+        If a recording is missing, damaged, of another adapter than the rest, or too short to be
+        split.
+    CheckpointError
+        If another codec or fit is there.
+    RunInterrupted
+        After Ctrl-C; call again to go on.
+    """
+    from cgfedllm.pretraining import Pretraining
+    from cgfedllm.tgap.recording import Recording
+
+    job = Pretraining(config, codec, to, collects=not recordings)
+    opened = [Recording.open(folder) for folder in recordings]
+    job.begin(overwrite)
+    if not recordings:
+        opened = [_collected(job.collecting, config.tgap.collect, overwrite, listeners)]
+    with events.listening(*listeners):
+        return job.run(opened)
 
 
 def compare(
@@ -356,7 +383,7 @@ def compare(
     candidates = candidates_of(config, codecs, variants, references)
     tuning = parse_tuning(tune, tune_rounds, config, seeds)
     target = Path(results or default_results(config))
-    loop = ClosedLoop(config, candidates, seeds, tuning, _Cells(listeners), target)
+    loop = ClosedLoop(config, candidates, seeds, tuning, Cells(listeners), target)
     outcome = loop.run()
     return ComparisonResult(outcome.entries, outcome.results, outcome.failures)
 
@@ -416,6 +443,7 @@ def bench_codecs(
     to: Path | str,
     *,
     codecs: Sequence[str] = (),
+    codec_files: Sequence[Path | str] = (),
     peers: Sequence[str] = (),
     rates: Sequence[float] = (),
     updates: int = 16,
@@ -433,7 +461,10 @@ def bench_codecs(
     to : path-like
         Folder for tables and figures.
     codecs : sequence of str
-        ``NAME`` or ``NAME:key=value,key=value``; all registered ones by default.
+        ``NAME`` or ``NAME:key=value,key=value``; by default all that need no training.
+    codec_files : sequence of path-like
+        Pre-trained codecs (`pretrain` writes them), each refused where it was fitted on an update
+        that is measured: the measured ones are of the later half of a recording's rounds.
     peers : sequence of str
         Other projects' compressors to measure beside them, by name (`analysis.peers`); none by
         default.
@@ -465,6 +496,7 @@ def bench_codecs(
         recordings,
         to,
         codecs=codecs,
+        codec_files=codec_files,
         peers=peers,
         rates=rates,
         updates=updates,
@@ -475,10 +507,137 @@ def bench_codecs(
     )
 
 
+def analyze(
+    recordings: Sequence[Path | str],
+    to: Path | str,
+    *,
+    codecs: Sequence[str] = (),
+    codec_files: Sequence[Path | str] = (),
+    parts: Sequence[str] = (),
+    updates: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> AnalysisResult:
+    """Analyse what codecs keep of recorded updates, and what updates look like.
+
+    Parameters
+    ----------
+    recordings : sequence of path-like
+        Folders that `record` made.
+    to : path-like
+        Folder for tables and figures.
+    codecs : sequence of str
+        ``NAME`` or ``NAME:key=value,key=value``; by default, and without codec files, all that lose
+        something and need no training. The predictor that sends nothing is always beside them.
+    codec_files : sequence of path-like
+        Pre-trained codecs (`pretrain` writes them). Rounds that one was fitted on are marked, and
+        left out of whatever is pooled.
+    parts : sequence of str
+        "fidelity", "rate", "swap", "noise", "distributions"; all by default.
+    updates : int
+        Most updates taken of each recording.
+    seed : int
+        Seed that both ends share, and of the noise.
+    progress : callable
+        Told how many encodings are done, of how many, and what is worked on.
+
+    Raises
+    ------
+    ConfigError
+        If there is no recording, or a codec, a part or a number cannot be used.
+    CodecStateError
+        If a codec file is missing or damaged.
+    RecordingError
+        If a recording is missing, damaged, or too short for what is asked.
+    """
+    from cgfedllm.analyses import analyse_recordings
+
+    return analyse_recordings(
+        recordings,
+        to,
+        codecs=codecs,
+        codec_files=codec_files,
+        parts=parts,
+        updates=updates,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def reproduce_paper(
+    scale: str = "small",
+    experiment: str | None = None,
+    *,
+    config: Config | None = None,
+    to: Path | str | None = None,
+    benchmarks: Sequence[str] = ("ceval", "mmlu"),
+    hub: Path | str | None = None,
+    shots: int = 0,
+    per_subject: int | None = None,
+    listeners: Sequence[Listener] = (),
+) -> PaperResult:
+    """The comparison of CG-FedLLM's paper: base, centralised, FedAvg, and its auto-encoders.
+
+    Each step leaves its result in ``config.output``; called again, it goes on with what is missing.
+
+    Parameters
+    ----------
+    scale : str
+        "small" or "paper".
+    experiment : str, optional
+        Which of the scale's experiments; by default its first.
+    config : Config, optional
+        In place of the one that ships (`experiment_config`).
+    to : path-like, optional
+        Folder for table and figure; ``OUTPUT/NAME-paper`` by default.
+    benchmarks : sequence of str
+        "ceval", "mmlu", both or none; they need the extra `eval`.
+    hub : path-like, optional
+        Folder that holds the benchmarks' data sets under their hub ids.
+    shots : int
+        Worked examples in each prompt.
+    per_subject : int, optional
+        Questions asked of a subject; by default what the scale says.
+
+    Raises
+    ------
+    ConfigError
+        If scale or experiment do not exist, or a run folder holds another configuration.
+    RunInterrupted
+        After Ctrl-C; call again to go on.
+    """
+    from cgfedllm.reproduce.paper import Reproduction
+    from cgfedllm.reproduce.scales import experiment_config, find_scale
+
+    found = find_scale(scale)
+    config = config or experiment_config(found, experiment)
+    return Reproduction(
+        config,
+        Path(to) if to else Path(config.output) / f"{config.name}-paper",
+        benchmarks=tuple(benchmarks),
+        hub=None if hub is None else Path(hub),
+        shots=shots,
+        per_subject=per_subject or found.per_subject,
+        about={"scale": scale, "experiment": experiment or found.experiments[0]},
+        listeners=listeners,
+    ).run()
+
+
 def evaluate(
-    path: Path | str, *, config: Config | None = None, split: str = "heldout"
+    path: Path | str,
+    *,
+    config: Config | None = None,
+    split: str = "heldout",
+    base: bool = True,
+    benchmarks: Sequence[str] = (),
+    shots: int = 0,
+    per_subject: int | None = None,
+    hub: Path | str | None = None,
+    samples: int = 0,
+    max_new_tokens: int = 256,
+    to: Path | str | None = None,
 ) -> EvaluationResult:
-    """Negative log-likelihood of an adapter on a run's rows, beside the base model's.
+    """Loss of an adapter on a run's rows, benchmarks and answers, beside the base model's.
 
     Parameters
     ----------
@@ -488,25 +647,48 @@ def evaluate(
         Model and data; a run folder has its own.
     split : str
         "heldout" (the global set), "validation" or "test" (one row a client).
+    base : bool
+        Also evaluate the base model without the adapter.
+    benchmarks : sequence of str
+        "ceval", "mmlu", "gsm8k"; they need the extra `eval`.
+    shots : int
+        Worked examples in each prompt of a benchmark.
+    per_subject : int, optional
+        Most questions asked of a subject: a fixed random sample, the same in every evaluation.
+    hub : path-like, optional
+        Folder that holds the benchmarks' data sets under their hub ids; by default they come from
+        the hub or its cache.
+    samples : int
+        Prompts of the split to be answered in words.
+    max_new_tokens : int
+        Most tokens of an answer in words.
+    to : path-like, optional
+        Folder for results. By default ``evaluation`` in the run folder (for an adapter on its own,
+        in the working folder) where there is more than losses; called again, benchmarks go on
+        where they were stopped.
 
     Raises
     ------
     CheckpointError, AdapterError, ConfigError
-        If there is no adapter, it does not fit the model, or the split is unknown or empty.
+        If there is no adapter, it does not fit the model, the split is unknown or empty, or a
+        number cannot be used.
+    DataError
+        If a benchmark's questions cannot be read.
+    MissingExtraError
+        If lm-eval is needed and not installed.
     """
-    if split not in ("heldout", "validation", "test"):
-        raise ConfigError(f"split is one of heldout, validation, test; got {split!r}")
-    folder = RunFolder(path)
-    adapter_dir = folder.adapter_dir if folder.exists() else Path(path)
-    config = config or (folder.config() if folder.exists() else None)
-    if config is None:
-        raise ConfigError(f"{path} is not a run folder; say with --config what to evaluate it on")
-    workspace = Workspace(config, Path(path))
-    adapter = _load_adapter(adapter_dir, workspace)
-    return EvaluationResult(
-        split=split,
-        adapter=_scores(workspace, adapter, split),
-        base=_scores(workspace, workspace.start, split),
+    return evaluate_adapter(
+        Path(path),
+        config,
+        split,
+        base=base,
+        benchmarks=benchmarks,
+        shots=shots,
+        per_subject=per_subject,
+        hub=None if hub is None else Path(hub),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        to=None if to is None else Path(to),
     )
 
 
@@ -527,7 +709,7 @@ def export(run_dir: Path | str, to: Path | str, *, merge: bool = False) -> Path:
     """
     folder, target = RunFolder(run_dir), Path(to)
     workspace = Workspace(folder.config(), folder.path)
-    adapter = _load_adapter(folder.adapter_dir, workspace)
+    adapter = read_adapter(folder.adapter_dir, workspace)
     if merge:
         workspace.reset_frozen_factors()
         workspace.model.set_adapter(adapter)
@@ -569,6 +751,19 @@ def _train_reference(
             except RunInterrupted:
                 return RunResult(folder.path, folder.adapter_dir, folder.records(), True)
         return RunResult(folder.path, folder.adapter_dir, folder.records(), False)
+
+
+def _collected(
+    config: Config, kind: RecordingKind, overwrite: bool, listeners: Sequence[Listener]
+) -> Recording:
+    """A complete recording to pre-train on."""
+    from cgfedllm.tgap.recording import Recording
+
+    result = record(config, kind=kind, overwrite=overwrite, listeners=listeners)
+    if result.run.interrupted:
+        again = "goes on" if kind == "federated" else "collects again"
+        raise RunInterrupted(f"stopped while updates were collected; the same command {again}")
+    return Recording.open(result.path)
 
 
 def _recorder_of(folder: RunFolder, config: Config) -> list[Listener]:
@@ -631,8 +826,14 @@ def _announce(workspace: Workspace, kind: str) -> None:
     )
 
 
-class _Cells:
-    """Runs the cells of a comparison, each in the folder its configuration names."""
+class Cells:
+    """Runs experiments, each in the folder its configuration names, as far as they have not been.
+
+    Parameters
+    ----------
+    listeners : sequence of callables
+        Told every event while one runs.
+    """
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
@@ -671,9 +872,7 @@ class _Cells:
             result = resume(folder.path, listeners=self._listeners)
         else:
             result = run(config, listeners=self._listeners)
-        if result.interrupted:
-            check_interrupt()
-            raise RunInterrupted("comparison stopped; run the same command again to go on")
+        check_not_interrupted(result)
         return result.records
 
     def parameters(self, config: Config) -> int:
@@ -684,6 +883,19 @@ class _Cells:
         if key not in self._parameters:
             self._parameters[key] = make_plan(config).model.trained
         return self._parameters[key]
+
+
+def check_not_interrupted(result: RunResult) -> None:
+    """Stop what a run is only a part of, if the run was stopped.
+
+    Raises
+    ------
+    RunInterrupted
+        If it was.
+    """
+    if result.interrupted:
+        check_interrupt()
+        raise RunInterrupted("stopped; run the same command again to go on")
 
 
 def _is_complete(folder: RunFolder, config: Config) -> bool:
@@ -701,45 +913,3 @@ def _save(folder: Path, workspace: Workspace, adapter: AdapterUpdate) -> None:
 
     whole = adapter if adapter.spec.size == workspace.model.full_spec.size else None
     save_adapter(folder, whole or workspace.whole(adapter), workspace.config)
-
-
-def _load_adapter(folder: Path, workspace: Workspace) -> AdapterUpdate:
-    """Values of an adapter folder on the model's full spec."""
-    from cgfedllm.peft_format import WEIGHTS, load_adapter
-
-    if not (folder / WEIGHTS).exists():
-        raise CheckpointError(
-            f"{folder} holds no adapter yet; let the run finish (cgfedllm resume {folder.parent})"
-        )
-    loaded = load_adapter(folder)
-    try:
-        return AdapterUpdate.from_arrays(workspace.model.full_spec, loaded.views())
-    except AdapterError as error:
-        raise AdapterError(f"{folder} does not fit this model and [lora] table: {error}") from None
-
-
-def _scores(workspace: Workspace, adapter: AdapterUpdate, split: str) -> list[SplitResult]:
-    from cgfedllm.evaluation.nll import evaluate_nll
-
-    owners = [None] if split == "heldout" else list(workspace.data.clients)
-    results = []
-    for owner in owners:
-        examples = workspace.examples(owner, split)
-        if not examples:
-            continue
-        result = evaluate_nll(
-            workspace.model,
-            adapter,
-            examples,
-            packed=workspace.packed,
-            batch_size=workspace.config.evaluation.batch_size,
-        )
-        name = "held-out" if owner is None else owner.name
-        results.append(
-            SplitResult(name, result.nll, result.perplexity, result.rows, result.label_tokens)
-        )
-    if not results:
-        raise ConfigError(
-            f"the {split!r} split is empty; set data.splits.{split} (or data.heldout_source)"
-        )
-    return results

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from cgfedllm.analysis.fitted import load_fitted
 from cgfedllm.analysis.open_loop import measure
 from cgfedllm.analysis.open_loop_rows import OpenLoop
 from cgfedllm.analysis.peers import PREFIX, peer_version
-from cgfedllm.analysis.portable import portable_tree
+from cgfedllm.analysis.portable import portable_command
 from cgfedllm.analysis.samples import UPDATES, count_updates
+from cgfedllm.analysis.sources import known_environment, open_recordings, origin
 from cgfedllm.analysis.structure import Structure, measure_structure
 from cgfedllm.analysis.trials import RATES, read_candidate, trials
-from cgfedllm.codecs import codec_names
-from cgfedllm.config import Config
+from cgfedllm.codecs import codec_class, codec_names
 from cgfedllm.errors import ConfigError
 from cgfedllm.report.open_loop import read_results, write_results
-from cgfedllm.runs import environment
-
-if TYPE_CHECKING:
-    from cgfedllm.tgap.recording import Recording
 
 Progress = Callable[[int, int, str], None]
 """Told how many updates are done, of how many, and what is worked on."""
@@ -52,6 +47,7 @@ def bench_codecs(
     to: Path | str,
     *,
     codecs: Sequence[str] = (),
+    codec_files: Sequence[Path | str] = (),
     peers: Sequence[str] = (),
     rates: Sequence[float] = (),
     updates: int = UPDATES,
@@ -64,20 +60,25 @@ def bench_codecs(
     from cgfedllm.report.figures.open_loop import draw_open_loop
 
     rates = tuple(rates) or RATES
-    _check(recordings, rates, updates)
+    _check(rates, updates)
     # before anything is measured, so that a missing one is reported at once
     versions = {name.removeprefix(PREFIX): peer_version(name) for name in peers}
-    candidates = [read_candidate(text) for text in codecs or codec_names()]
+    candidates = [read_candidate(text) for text in codecs or _untaught()]
+    fitted = load_fitted(codec_files)
     candidates += [(PREFIX + name, {}) for name in versions]
-    opened = _open(recordings)
+    opened = open_recordings(recordings)
     counts = {name: count_updates(recording, updates) for name, recording in opened.items()}
-    tried = len(trials(candidates, rates))
+    tried = len(trials(candidates, rates, fitted))
     total = tried * sum(counts.values())
     about = {
-        "command": _command(recordings, to, codecs, peers, rates, updates, seed, structure, memory),
-        "environment": _environment(seed),
-        "recordings": {name: _origin(recording) for name, recording in opened.items()},
+        "command": _command(
+            recordings, to, codecs, codec_files, peers, rates, updates, seed, structure, memory
+        ),
+        "environment": known_environment(seed),
+        "recordings": {name: origin(recording) for name, recording in opened.items()},
     }
+    if fitted:
+        about["codec_files"] = {one.name: one.file.card for one in fitted}
     if versions:
         about["peers"] = versions
     found = BenchResult([])
@@ -96,6 +97,7 @@ def bench_codecs(
                 updates=updates,
                 seed=seed,
                 memory=memory,
+                fitted=fitted,
                 tick=tick,
             )
         )
@@ -111,9 +113,12 @@ def bench_codecs(
     return found
 
 
-def _check(recordings: Sequence[Path | str], rates: Sequence[float], updates: int) -> None:
-    if not recordings:
-        raise ConfigError("no recording is given; make one with `cgfedllm record`")
+def _untaught() -> list[str]:
+    """Codecs that need no training: without a codec file the others have learned nothing."""
+    return [name for name in codec_names() if codec_class(name).kind != "learned"]
+
+
+def _check(rates: Sequence[float], updates: int) -> None:
     if not all(0 < rate <= 32 for rate in rates):
         raise ConfigError(
             f"rates are bits per parameter, above 0 and at most 32; got {list(rates)}"
@@ -122,43 +127,11 @@ def _check(recordings: Sequence[Path | str], rates: Sequence[float], updates: in
         raise ConfigError(f"updates must be 1 or more; got {updates}")
 
 
-def _open(folders: Sequence[Path | str]) -> dict[str, Recording]:
-    """Recordings by name: that of the folder, or of the run it is in, told apart by a number."""
-    from cgfedllm.tgap.recording import Recording
-
-    opened: dict[str, Recording] = {}
-    for folder in folders:
-        path = Path(folder).resolve()
-        base = path.parent.name if path.name == "recording" else path.name
-        name, number = base, 1
-        while name in opened:
-            number += 1
-            name = f"{base}-{number}"
-        opened[name] = Recording.open(folder)
-    return opened
-
-
-def _environment(seed: int) -> dict[str, Any]:
-    known = environment(Config(seed=seed))
-    known.pop("command")  # holds this machine's paths; the command is told as it can be repeated
-    return known
-
-
-def _origin(recording: Recording) -> dict[str, Any]:
-    return {
-        "updates": len(recording),
-        "rounds": len(recording.rounds()),
-        "clients": len(recording.clients()),
-        "local_steps": sorted({entry.steps for entry in recording.entries}),
-        "spec_hash": recording.spec.hash.hex(),
-        "config": portable_tree(recording.config),
-    }
-
-
 def _command(
     recordings: Sequence[Path | str],
     to: Path | str,
     codecs: Sequence[str],
+    codec_files: Sequence[Path | str],
     peers: Sequence[str],
     rates: Sequence[float],
     updates: int,
@@ -171,10 +144,12 @@ def _command(
         words += ["--recording", str(folder)]
     for codec in codecs:
         words += ["--codec", codec]
+    for file in codec_files:
+        words += ["--codec-file", str(file)]
     for peer in peers:
         words += ["--peer", peer]
     for rate in rates if tuple(rates) != RATES else ():
         words += ["--rate", f"{rate:g}"]
     words += ["--updates", str(updates), "--seed", str(seed), "--to", str(to)]
     words += ["--structure"] * structure + ["--memory"] * memory
-    return shlex.join(words)
+    return portable_command(words)

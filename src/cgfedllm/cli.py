@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import click
 import typer
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from cgfedllm.api import RunResult
     from cgfedllm.config import Config
+    from cgfedllm.evaluating import EvaluationResult
     from cgfedllm.report.console import Mode
-    from cgfedllm.tgap.index import RecordingKind
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -82,6 +82,11 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
+reproduce_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Repeat a published comparison."
+)
+app.add_typer(reproduce_app, name="reproduce")
+
 
 def _complete_codec(incomplete: str) -> list[str]:
     from cgfedllm.codecs import codec_names
@@ -114,6 +119,14 @@ Settings = Annotated[
     ),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR")]
+CodecFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--codec-file",
+        metavar="FILE",
+        help="Pre-trained codec (`cgfedllm pretrain` writes them); may be repeated.",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but the adapter's path at the end.")
 ]
@@ -217,7 +230,7 @@ def _record(
         typer.Option("--to", help="Folder of the recording; by default OUTPUT/NAME/recording."),
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="federated or centralised.", metavar="KIND")
+        str, typer.Option(help="federated, centralised or local-only.", metavar="KIND")
     ] = "federated",
     settings: Settings = None,
     name: Annotated[
@@ -237,8 +250,10 @@ def _record(
     CONFIG is a TOML file with a lossless uplink (without one, the embedded default). The
     same command goes on with a recording that was stopped.
     """
-    if kind not in ("federated", "centralised"):
-        raise ConfigError(f"--kind is federated or centralised; got {kind!r}")
+    from cgfedllm.tgap.index import KINDS
+
+    if kind not in KINDS:
+        raise ConfigError(f"--kind is one of {', '.join(KINDS)}; got {kind!r}")
     mode = _mode(quiet, as_json)
     config = _load(config_file, settings, name=name, output=output)
 
@@ -248,7 +263,7 @@ def _record(
     # the run is told about on stderr: stdout is for what was recorded
     told = watcher("quiet" if mode == "quiet" else "auto", stdout=sys.stderr)
     with told as watch, events.listening(watch):
-        result = api.record(config, to, cast("RecordingKind", kind), overwrite)
+        result = api.record(config, to, kind, overwrite)
     if quiet:
         typer.echo(result.path)
     else:
@@ -256,6 +271,72 @@ def _record(
     if result.run.interrupted:
         click.echo("interrupted; the same command goes on after the last round", err=True)
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command("pretrain")
+def _pretrain(
+    codec: Annotated[
+        str, typer.Argument(metavar="CODEC[:KEY=VALUE,...]", autocompletion=_complete_codec)
+    ],
+    config_file: ConfigFile = None,
+    recordings: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--recording", "-r", help="Fit on this recording; collect none. May be repeated."
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Codec file to write; by default OUTPUT/NAME-tgap/codec.safetensors."
+        ),
+    ] = None,
+    settings: Settings = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the experiment; NAME-tgap is the folder's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder that holds the run folders.")] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Start again: collect anew (if it collects), fit anew."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but the codec file's path.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a learned codec on recorded updates (TGAP); writes a codec file.
+
+    CODEC is one that learns. CONFIG is a TOML file (without one, the embedded default); its
+    table [tgap] says how. Without --recording, updates are collected first, on each client's
+    share D1. The same command goes on with what was stopped.
+    """
+    mode = _mode(quiet, as_json)
+    config = _load(config_file, settings, name=name, output=output)
+    if recordings and config_file is None and name is None:
+        from cgfedllm.tgap.recording import Recording
+
+        config = _changed(config, {"name": Recording.open(recordings[0]).config.name})
+
+    from cgfedllm.pretraining import learned_codec
+
+    # before torch is loaded, so that a misspelt one is reported at once
+    learned_codec(config, codec)
+
+    from cgfedllm import api, events
+    from cgfedllm.report.pretrain_progress import PretrainProgress
+
+    with (
+        PretrainProgress("quiet" if mode == "quiet" else "auto") as progress,
+        events.listening(progress),
+    ):
+        result = api.pretrain(
+            config, codec, recordings=recordings or (), to=to, overwrite=overwrite
+        )
+    if quiet:
+        typer.echo(result.path)
+    else:
+        _show(result, as_json)
 
 
 @app.command("compare")
@@ -368,6 +449,72 @@ def _compare(
         raise typer.Exit(1)
 
 
+@reproduce_app.command("paper")
+def _reproduce_paper(
+    scale: Annotated[
+        str, typer.Option(help="small (two cores, the embedded model) or paper (7B, a GPU).")
+    ] = "small",
+    experiment: Annotated[
+        str | None,
+        typer.Option(help="Of the paper's scale: llama-dolly, llama-ceval or qwen-mmlu."),
+    ] = None,
+    hub: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the benchmarks' data sets under their hub ids."),
+    ] = None,
+    benchmarks: Annotated[
+        bool, typer.Option(help="Ask the questions of C-Eval and MMLU too.")
+    ] = True,
+    shots: Annotated[int, typer.Option(help="Worked examples in each prompt, 0 to 5.")] = 0,
+    per_subject: Annotated[
+        int | None,
+        typer.Option(help="Questions asked of a subject; by default what fits the scale."),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Folder for the table; OUTPUT/NAME-paper if not set."),
+    ] = None,
+    settings: Settings = None,
+    name: Annotated[str | None, typer.Option(help="Name of the runs, a prefix.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder that holds the run folders.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print config and plan of a CG-FedLLM row; train nothing."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """CG-FedLLM's comparison: base, centralised, FedAvg, auto-encoders.
+
+    Collects updates on D1, pre-trains six codecs, trains every row on D2 and asks all
+    adapters the same questions. The same command goes on with what was stopped.
+    """
+    from cgfedllm.reproduce.scales import experiment_config, find_scale
+
+    config = _changed(
+        experiment_config(find_scale(scale), experiment, settings or ()),
+        {"name": name, "output": str(output) if output else None},
+    )
+    if dry_run:
+        _print_dry_run(config.with_overrides({"data.part": "d2", "uplink.name": "cg_resnet"}))
+        return
+
+    from cgfedllm import api, events
+    from cgfedllm.report.console import watcher
+
+    with watcher("auto", stdout=sys.stderr) as watch, events.listening(watch):
+        result = api.reproduce_paper(
+            scale,
+            experiment,
+            config=config,
+            to=to,
+            benchmarks=("ceval", "mmlu") if benchmarks else (),
+            hub=hub,
+            shots=shots,
+            per_subject=per_subject,
+        )
+    _show(result, as_json)
+
+
 @app.command("evaluate")
 def _evaluate(
     path: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER")],
@@ -382,20 +529,77 @@ def _evaluate(
         str,
         typer.Option(help="heldout, validation or test.", metavar="SPLIT"),
     ] = "heldout",
+    base: Annotated[
+        bool, typer.Option(help="Also evaluate the base model without the adapter.")
+    ] = True,
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option("--benchmark", metavar="NAME", help="ceval, mmlu or gsm8k; may be repeated."),
+    ] = None,
+    shots: Annotated[
+        int, typer.Option(min=0, help="Worked examples in each prompt of a benchmark.")
+    ] = 0,
+    per_subject: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Ask a fixed random sample of so many questions a subject, not all."
+        ),
+    ] = None,
+    hub: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that holds the benchmarks' data sets under their hub ids, e.g. "
+            "HUB/cais/mmlu; by default they come from the hub."
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--sample", min=0, help="Prompts of the split to answer in words.")
+    ] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer in words.")
+    ] = 256,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Folder for results; by default RUN/evaluation for more than losses."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure an adapter's NLL on held-out rows.
+    """Measure an adapter: NLL on held-out rows, benchmarks, answers.
 
-    RUN_OR_ADAPTER is a run folder, or a PEFT adapter folder together with --config.
+    RUN_OR_ADAPTER is a run folder, or a PEFT adapter folder together with --config. The same
+    command goes on with benchmarks that were stopped.
     """
     splits = ("heldout", "validation", "test")
     if split not in splits:
         raise ConfigError(f"--split is one of {', '.join(splits)}; got {split!r}")
+    for name in benchmarks or ():
+        from cgfedllm.evaluation.catalogue import find_benchmark
+
+        find_benchmark(name)
     config = _load(config_file, settings) if config_file or settings else None
 
-    from cgfedllm import api
+    from cgfedllm import api, events
+    from cgfedllm.report.bench_progress import BenchProgress
 
-    _show(api.evaluate(path, config=config, split=split), as_json)
+    with BenchProgress() as bar, events.listening(bar.hear):
+        result = api.evaluate(
+            path,
+            config=config,
+            split=split,
+            base=base,
+            benchmarks=benchmarks or (),
+            shots=shots,
+            per_subject=per_subject,
+            hub=hub,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            to=to,
+        )
+    _show(result, as_json)
+    if not as_json:
+        _print_benchmarks(result)
 
 
 @app.command("export")
@@ -422,11 +626,79 @@ def _inspect(
 ) -> None:
     """Tell what a file or folder is and holds.
 
-    PATH is a run folder, a recording, a PEFT adapter folder, a packet or a checkpoint.
+    PATH is a run folder, a recording, a PEFT adapter folder, a packet, a codec file or a
+    checkpoint.
     """
     from cgfedllm.report.inspection import inspect
 
     _show(inspect(path), as_json)
+
+
+@app.command("analyze")
+def _analyze(
+    recordings: Annotated[
+        list[Path] | None,
+        typer.Option("--recording", "-r", help="Folder of a recording; may be repeated."),
+    ] = None,
+    codecs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--codec",
+            metavar="NAME[:key=value,...]",
+            help="Codec, with options; may be repeated. Without one, and without a codec file, "
+            "all that lose something and need no training.",
+            autocompletion=_complete_codec,
+        ),
+    ] = None,
+    codec_files: CodecFiles = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder for tables and figures.")] = Path(
+        "analysis"
+    ),
+    updates: Annotated[int, typer.Option(min=1, help="Most updates taken of each recording.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed that both ends share, and of the noise.")
+    ] = 0,
+    parts: Annotated[
+        str,
+        typer.Option(
+            metavar="PART,...",
+            help="fidelity, rate, swap, noise, distributions; all by default.",
+        ),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Analyse what codecs keep of recorded updates.
+
+    SNR and cosine over rounds and modules, rate, swap test, robustness to noise, and how updates
+    are distributed: tables (CSV) and figures.
+    """
+    if not recordings:
+        raise ConfigError(
+            "analyze needs a recording: --recording FOLDER (`cgfedllm record` makes one)"
+        )
+
+    from cgfedllm import api
+    from cgfedllm.report.analysis import studies_to_dict, study_tables
+    from cgfedllm.report.bench_progress import BenchProgress
+
+    with BenchProgress() as bar:
+        found = api.analyze(
+            list(recordings),
+            to,
+            codecs=codecs or (),
+            codec_files=codec_files or (),
+            parts=[part.strip() for part in parts.split(",") if part.strip()],
+            updates=updates,
+            seed=seed,
+            progress=bar.update,
+        )
+    if as_json:
+        typer.echo(json.dumps(studies_to_dict(found.studies)))
+        return
+    console = _console()
+    for study in found.studies:
+        console.print(study_tables(study), "")
+    typer.echo(f"Tables and figures  {to}")
 
 
 @app.command("doctor")
@@ -519,10 +791,11 @@ def _bench_codecs(
         typer.Option(
             "--codec",
             metavar="NAME[:key=value,...]",
-            help="Codec, with options; may be repeated. All codecs by default.",
+            help="Codec, with options; may be repeated. All that need no training by default.",
             autocompletion=_complete_codec,
         ),
     ] = None,
+    codec_files: CodecFiles = None,
     peers: Annotated[
         list[str] | None,
         typer.Option(
@@ -593,6 +866,7 @@ def _bench_codecs(
             list(recordings),
             target,
             codecs=codecs or (),
+            codec_files=codec_files or (),
             peers=peers or (),
             rates=rates or (),
             updates=updates,
@@ -660,6 +934,17 @@ def _watch(call: Callable[[], RunResult], config: Config, mode: Mode) -> None:
             err=True,
         )
         raise typer.Exit(INTERRUPTED)
+
+
+def _print_benchmarks(result: EvaluationResult) -> None:
+    """Print a table a benchmark, and where the files are."""
+    from cgfedllm.report.evaluation import benchmark_table
+
+    for name in dict.fromkeys(each.benchmark.name for each in result.benchmarks):
+        own = [each for each in result.benchmarks if each.benchmark.name == name]
+        _console().print("", benchmark_table(own))
+    if result.files:
+        typer.echo("\nResults  " + "\n         ".join(map(str, result.files)))
 
 
 def _print_dry_run(config: Config) -> None:

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from cgfedllm.errors import CodecError, ConfigError
+from cgfedllm.errors import CodecError, ConfigError, PrivacyError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -330,6 +330,14 @@ def _known_codec(name: str) -> str:
     return name
 
 
+def learns(codec: str) -> bool:
+    """Whether a codec of that name has a state that is learned."""
+    from cgfedllm.codecs import codec_class
+    from cgfedllm.codecs.learned import LearnedCodec
+
+    return issubclass(codec_class(codec), LearnedCodec)
+
+
 def _accepted(codec: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a codec, if it takes them."""
     from cgfedllm.codecs import make_codec
@@ -364,7 +372,12 @@ class UplinkConfig(CodecConfig):
     @field_validator("flush")
     @classmethod
     def _flush_registered(cls, name: str) -> str:
-        return _known_codec(name) if name else name
+        if name and learns(_known_codec(name)):
+            raise ValueError(
+                f"{name!r} learns, and the flush comes after all learning; choose a codec that "
+                "does not, e.g. 'int8'"
+            )
+        return name
 
     @field_validator("flush_options")
     @classmethod
@@ -376,6 +389,45 @@ class UplinkConfig(CodecConfig):
         if options and "flush" in info.data:
             raise ValueError("uplink.flush names no codec that these could be for")
         return options
+
+    @model_validator(mode="after")
+    def _only_what_learns_has_a_state(self) -> UplinkConfig:
+        for key, given in (("state", self.state is not None), ("adapt_every", self.adapt_every)):
+            if given and not learns(self.name):
+                raise ValueError(
+                    f"{key} is for codecs that learn, and {self.name!r} does not; remove "
+                    f"uplink.{key}, or set uplink.name to one that does"
+                )
+        return self
+
+
+class TgapConfig(Section):
+    """Pre-training of codecs on recorded updates (`cgfedllm pretrain`)."""
+
+    collect: Literal["federated", "centralised", "local-only"] = "federated"
+    """How updates are collected on D1 where no recording is given. federated: a warm-up run over
+    the raw codec. centralised: all rows on one machine, as one client. local-only: every client on
+    its own rows from start to end."""
+    rounds: Positive | None = None
+    """Rounds of collecting; None: federation.rounds."""
+    sampling: Literal["uniform", "rounds", "clients"] = "uniform"
+    """What counts alike in a pass over the training updates. uniform: every update. rounds: every
+    round, and within a round every client. clients: every client, and of a client every round."""
+    stride: Positive = 1
+    """Train on every n-th round only, counted from the first; 1: on each."""
+    span: Positive = 1
+    """A sample is the sum of one client's updates over so many rounds in a row. Above 1 only where
+    a client goes on from its own adapter: centralised and local-only."""
+    validation_rounds: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the rounds, the latest, that is kept for validation."""
+    validation_clients: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the clients, drawn at random, that is kept for validation; 0: none."""
+    epochs: Positive = 200
+    """Most passes over the training updates."""
+    patience: Positive = 20
+    """Stop after so many passes in a row without a better fidelity on the validation updates."""
+    seed: NonNegative | None = None
+    """Seed of the fit and of the draw of clients; None: the run's seed."""
 
 
 class EvaluationConfig(Section):
@@ -389,6 +441,43 @@ class EvaluationConfig(Section):
     """Also evaluate on every client's own validation rows (the clients do it, on their side)."""
     batch_size: Positive = 8
     """Rows in one forward pass."""
+
+
+class PrivacyConfig(Section):
+    """Differential privacy of a client's part in the run (docs/privacy.md)."""
+
+    mechanism: Literal["none", "local", "central"] = "none"
+    """local: each client clips its update and adds noise before coding, and trusts nobody. central:
+    the server clips what it decodes and adds noise to the sum; clients trust the server."""
+    clip: PositiveFloat = 1.0
+    """Longest norm of a client's update, all factors together; a longer one is scaled down."""
+    epsilon: float = 8.0
+    """Budget of all rounds together, above 0."""
+    delta: float | None = None
+    """Between 0 and 1; None: 1 / clients^1.1."""
+    noise_multiplier: PositiveFloat | None = None
+    """Noise in units of the sensitivity. None: the least that keeps the budget over all rounds."""
+    accountant: Literal["rdp", "prv"] = "rdp"
+    """How rounds are composed; prv is tighter and slower."""
+    repeatable: bool = False
+    """Draw noise from the run's seed, to repeat an experiment: hides nothing from who knows it."""
+
+    @field_validator("epsilon")
+    @classmethod
+    def _a_budget(cls, epsilon: float) -> float:
+        from cgfedllm.privacy.accountant import check_epsilon
+
+        check_epsilon(epsilon)
+        return epsilon
+
+    @field_validator("delta")
+    @classmethod
+    def _a_probability(cls, delta: float | None) -> float | None:
+        from cgfedllm.privacy.accountant import check_delta
+
+        if delta is not None:
+            check_delta(delta)
+        return delta
 
 
 class TrackingConfig(Section):
@@ -418,7 +507,9 @@ class Config(Section):
     federation: FederationConfig = Field(default_factory=FederationConfig)
     uplink: UplinkConfig = Field(default_factory=UplinkConfig)
     downlink: CodecConfig = Field(default_factory=CodecConfig)
+    tgap: TgapConfig = Field(default_factory=TgapConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
@@ -433,11 +524,41 @@ class Config(Section):
                 "federation.stateless clients keep nothing, so no optimiser state either; "
                 "set training.keep_optimizer = false"
             )
+        if learns(self.downlink.name):
+            raise ValueError(
+                f"downlink.name = {self.downlink.name!r} learns, which only uplink codecs may; "
+                "choose a codec that does not, e.g. 'int8'"
+            )
         if self.uplink.flush and not (self.keeps_residual and self.uplink.error_feedback_decay):
             raise ValueError(
                 f"uplink.flush = {self.uplink.flush!r} sends what error feedback holds, and here "
                 f"it holds nothing: {self._why_no_residual()}. Remove uplink.flush"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_holds(self) -> Config:
+        mechanism, federation = self.privacy.mechanism, self.federation
+        if mechanism == "none":
+            return self
+        if self.keeps_residual:
+            raise ValueError(
+                f"privacy.mechanism = {mechanism!r} bounds what a client sends in a round, and "
+                "error feedback adds what earlier rounds left; set uplink.error_feedback = false"
+            )
+        if mechanism == "central":
+            wanted = {
+                "federation.weighting": (federation.weighting, "uniform"),
+                "federation.strategy.name": (federation.strategy.name, "fedavg"),
+                "federation.aggregation": (federation.aggregation, "factors"),
+                "uplink.adapt_every": (self.uplink.adapt_every, 0),
+            }
+            for key, (found, needed) in wanted.items():
+                if found != needed:
+                    raise ValueError(
+                        "privacy.mechanism = 'central' releases one noised mean of equal weights "
+                        f"and nothing else of the updates; set {key} = {needed!r}, not {found!r}"
+                    )
         return self
 
     @property
@@ -488,11 +609,17 @@ class Config(Section):
 def other_uplink(codec: str) -> dict[str, Any]:
     """Overrides for another uplink codec with its default options.
 
-    A flush goes with them where the codec loses nothing that could be flushed.
+    What the other one learned stays behind, and a flush goes where the codec loses nothing that
+    could be flushed.
     """
     from cgfedllm.codecs import codec_class, codec_names
 
-    changes: dict[str, Any] = {"uplink.name": codec, "uplink.options": {}}
+    changes: dict[str, Any] = {
+        "uplink.name": codec,
+        "uplink.options": {},
+        "uplink.state": None,
+        "uplink.adapt_every": 0,
+    }
     lossless = codec in codec_names() and codec_class(codec).lossless
     return changes | (WITHOUT_FLUSH if lossless else {})
 
@@ -545,11 +672,16 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     ------
     ConfigError
         As `load_config`.
+    PrivacyError
+        If [privacy] asks for a budget that is none.
     """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        causes = [item.get("ctx", {}).get("error") for item in error.errors()]
+        # a budget that is none has a name of its own, here as elsewhere
+        spent = any(isinstance(cause, PrivacyError) for cause in causes)
+        raise (PrivacyError if spent else ConfigError)(_explain(error)) from None
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
@@ -631,5 +763,7 @@ def _nearest(key: str, candidates: list[str]) -> str:
     table, dot, leaf = key.rpartition(".")
     below = [c for c in candidates if c.startswith(table + dot) and c.rpartition(".")[2] == leaf]
     siblings = [c for c in candidates if c.rpartition(".")[0] == table]
-    near = get_close_matches(key, below or siblings, n=1, cutoff=0.0 if below else 0.6)
-    return f"did you mean {near[0]!r}?" if near else f"keys there: {', '.join(siblings)}"
+    near = below or get_close_matches(key, siblings, n=1)
+    if not near:
+        return f"keys there: {', '.join(siblings)}"
+    return f"did you mean {' or '.join(map(repr, near))}?"

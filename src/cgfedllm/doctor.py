@@ -52,7 +52,7 @@ _EXTRAS = {
 _EXTRA_REQUIREMENTS = {
     "gpu": "bitsandbytes>=0.46",
     "simulation": "ray",
-    "eval": "lm-eval>=0.4.9",
+    "eval": "lm-eval>=0.4.13",
     "wandb": "wandb>=0.20",
     "mlflow": "mlflow>=3",
 }

@@ -67,6 +67,10 @@ class ReferenceMissingError(CgFedLlmError):
     """A client was sent an increment on a global adapter it does not hold."""
 
 
+class CodecStateMissingError(CodecStateError):
+    """A client was sent something that builds on a codec state it does not hold."""
+
+
 class MissingExtraError(CgFedLlmError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
 

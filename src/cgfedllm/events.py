@@ -114,6 +114,30 @@ class RoundFinished:
 
 
 @dataclass(frozen=True)
+class FitStarted:
+    """A codec begins to learn from recorded updates (or goes on after `resumed_from` epochs)."""
+
+    codec: str
+    epochs: int
+    """The most it takes; it may stop earlier."""
+    updates: int
+    """In a pass over the training updates."""
+    validation: int
+    """Updates it is judged by after every epoch."""
+    resumed_from: int = 0
+
+
+@dataclass(frozen=True)
+class FitEpoch:
+    """An epoch of a fit is over and safe on disk."""
+
+    row: Mapping[str, float]
+    """As a row of `FitProgress.curve`."""
+    best: int
+    """Epoch that is the best so far."""
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something a person should know: a failed client, a retry, rows cut short."""
 
@@ -132,6 +156,8 @@ Event = (
     | RoundAggregated
     | EvaluationProgress
     | RoundFinished
+    | FitStarted
+    | FitEpoch
     | Notice
 )
 Listener = Callable[[Event], None]

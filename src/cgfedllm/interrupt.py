@@ -15,8 +15,14 @@ _requested = threading.Event()
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside this block Ctrl-C (SIGINT) and SIGTERM only ask the run to stop."""
+def stoppable(after: str = "client") -> Iterator[None]:
+    """Inside this block Ctrl-C (SIGINT) and SIGTERM only ask the run to stop.
+
+    Parameters
+    ----------
+    after : str
+        What is finished first, as people are told.
+    """
     _requested.clear()
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers
@@ -29,7 +35,7 @@ def stoppable() -> Iterator[None]:
         _requested.set()
         events.publish(
             events.Notice(
-                "stopping after the current client; press Ctrl-C again to stop at once", "warning"
+                f"stopping after the current {after}; press Ctrl-C again to stop at once", "warning"
             )
         )
 

@@ -26,6 +26,8 @@ class ClientRecord:
     encode_seconds: float
     decode_seconds: float
     """Server-side decoding of this client's packet plus client-side decoding of the broadcast."""
+    codec_bytes: int = 0
+    """Of the uplink codec's state, sent down; not part of `downlink_bytes`."""
 
 
 @dataclass
@@ -59,8 +61,18 @@ class RoundRecord:
     downlink_bytes_fp32: int = 0
     """What the same broadcasts would weigh as bare float32."""
     downlink_bytes_fp32_total: int = 0
+    codec_bytes: int = 0
+    """Length of what was sent down of the uplink codec's state; not part of `downlink_bytes`."""
+    codec_bytes_total: int = 0
+    tgap_uplink_bytes: int = 0
+    """What pre-training the uplink codec cost clients' uplinks, as its file says: in round 0, once.
+    No total holds it."""
+    tgap_downlink_bytes: int = 0
+    """The same for their downlinks."""
     update_norm: float = 0.0
     """Norm of the change made to the global adapter."""
+    epsilon: float | None = None
+    """Spent so far of the privacy budget, where the run has one."""
     product_gap: float | None = None
     """||mean(B A) - mean(B) mean(A)|| / ||mean(B A)||: what averaging the factors apart ignores."""
     heldout_nll: float | None = None

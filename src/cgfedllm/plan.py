@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cgfedllm.adapter import AdapterSpec
-from cgfedllm.codecs import make_codec
+from cgfedllm.codecs import Codec, make_codec
+from cgfedllm.codecs.learned import LearnedCodec
 from cgfedllm.codecs.packet import HEADER_SIZE
-from cgfedllm.config import CodecConfig, Config, ModelConfig, UplinkConfig
+from cgfedllm.config import Config, ModelConfig, UplinkConfig
 from cgfedllm.errors import ConfigError
+from cgfedllm.federation.codec_state import pack_whole
 from cgfedllm.report.units import human_bytes
+from cgfedllm.workspace import read_codec_file, uplink_codec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,6 +111,21 @@ class DirectionPlan:
 
 
 @dataclass(frozen=True)
+class CodecStatePlan:
+    """What crosses down of the state of a learned uplink codec, and what it has cost before."""
+
+    state: int
+    """Bytes of the whole state."""
+    sent: int
+    """How often it, or what it learned since the version before, is sent to a client."""
+    total: int
+    """Bytes of the whole run, if what it learned weighs as much as all of it: at the most."""
+    tgap_uplink: int = 0
+    """What pre-training cost clients' uplinks, as the codec's file says."""
+    tgap_downlink: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on a client while it trains, and of the server's copies of the adapter.
 
@@ -164,6 +182,8 @@ class Plan:
     uplink: DirectionPlan
     downlink: DirectionPlan
     memory: MemoryPlan
+    codec_state: CodecStatePlan | None = None
+    """None for uplink codecs that do not learn."""
 
     @property
     def round_seconds(self) -> float | None:
@@ -197,6 +217,7 @@ class Plan:
             ("downlink packet", _packet(self.downlink)),
             ("uplink total", _total(self.uplink)),
             ("downlink total", _total(self.downlink)),
+            *_codec_rows(self.codec_state),
             ("transfer a round", f"{_duration(per_round)} ({link}, clients side by side)"),
             ("transfer in all", _duration(whole)),
             ("client memory", f"about {human_bytes(memory.client)} while it trains"),
@@ -236,6 +257,8 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
         If the model's configuration cannot be found, or LoRA cannot be attached as asked.
     ConfigError
         If `clients` is not positive.
+    CodecStateError
+        If the codec file cannot be used.
     """
     if clients is not None and clients < 1:
         raise ConfigError(f"clients must be at least 1, got {clients}")
@@ -246,11 +269,19 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
     model_config = find_model_config(config.model)
     model, spec, full = _measure(config, model_config)
     rounds = config.federation.rounds
-    increments, whole, took_part = _broadcasts(config, total, sampled)
-    uplink = _direction(config.uplink, spec, rounds * sampled, 0, link.up_mbit)
-    uplink = _with_flush(uplink, config.uplink, spec, took_part)
-    downlink = _direction(config.downlink, spec, increments, whole, link.down_mbit)
-    memory = _memory(config, model_config, model, spec, full, sampled)
+    trained_in = _draws(config, total, sampled)
+    increments, whole = _broadcasts(config, total, trained_in)
+    file = read_codec_file(config, spec)
+    codec = uplink_codec(config, file)
+    down = make_codec(config.downlink.name, config.downlink.options)
+    uplink = _direction(codec, spec, rounds * sampled, 0, link.up_mbit)
+    uplink = _with_flush(uplink, config.uplink, spec, len(set().union(*trained_in)))
+    downlink = _direction(down, spec, increments, whole, link.down_mbit)
+    memory = _memory(config, model_config, model, spec, full, sampled, (codec, down))
+    codec_state = None
+    if isinstance(codec, LearnedCodec):
+        cost = {} if file is None else file.card.get("cost", {})
+        codec_state = _codec_state(config, codec, spec, trained_in, cost)
     return Plan(
         model=model,
         clients=total,
@@ -261,6 +292,7 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
         uplink=uplink,
         downlink=downlink,
         memory=memory,
+        codec_state=codec_state,
     )
 
 
@@ -305,15 +337,19 @@ def _measure(
     return model, spec, full
 
 
-def _broadcasts(config: Config, clients: int, sampled: int) -> tuple[int, int, int]:
+def _draws(config: Config, clients: int, sampled: int) -> list[list[int]]:
+    """Clients that train in each round, drawn at random; the run draws others."""
+    rng = random.Random(config.seed)
+    return [rng.sample(range(clients), sampled) for _ in range(config.federation.rounds)]
+
+
+def _broadcasts(config: Config, clients: int, trained_in: list[list[int]]) -> tuple[int, int]:
     """Count (increments, whole adapters) sent down, as `federation.downlink` sends them.
 
-    And the clients that train at least once. Played through with clients drawn at random: exact
-    where all take part or all evaluate after every round, an estimate elsewhere.
+    Played through with clients drawn at random: exact where all take part or all evaluate after
+    every round, an estimate elsewhere.
     """
-    rng = random.Random(config.seed)
     held: dict[int, int] = {}
-    took_part: set[int] = set()
     increments = whole = 0
     rounds, every = config.federation.rounds, config.evaluation.every
     stateless = config.federation.stateless
@@ -336,27 +372,52 @@ def _broadcasts(config: Config, clients: int, sampled: int) -> tuple[int, int, i
         if config.evaluation.clients and (ends or (every and version % every == 0)):
             send(version, range(clients))
         if version < rounds:
-            drawn = rng.sample(range(clients), sampled)
-            took_part.update(drawn)
-            send(version, drawn)
-    return increments, whole, len(took_part)
+            send(version, trained_in[version])
+    return increments, whole
+
+
+def _codec_state(
+    config: Config,
+    codec: LearnedCodec,
+    spec: AdapterSpec,
+    trained_in: list[list[int]],
+    cost: Mapping[str, Any],
+) -> CodecStatePlan:
+    """Play through what `federation.codec_state` sends."""
+    state = codec.initial_state(spec, config.seed)
+    derived, every = config.uplink.state is None, config.uplink.adapt_every
+    held: dict[int, int] = {}
+    sent = 0
+    for done, clients in enumerate(trained_in):
+        version = done // every if every else 0
+        for client in clients:
+            sent += held.get(client, 0 if derived else -1) != version
+            if not config.federation.stateless:
+                held[client] = version
+    size = len(pack_whole(codec, state))
+    return CodecStatePlan(
+        state=size,
+        sent=sent,
+        total=sent * size,
+        tgap_uplink=int(cost.get("uplink_bytes", 0)),
+        tgap_downlink=int(cost.get("downlink_bytes", 0)),
+    )
 
 
 def _direction(
-    coding: CodecConfig,
+    codec: Codec,
     spec: AdapterSpec,
     packets: int,
     whole: int,
     mbit: float,
 ) -> DirectionPlan:
-    codec = make_codec(coding.name, coding.options)
     if codec.lossless:  # codes the whole adapter every time
         packets, whole = packets + whole, 0
     size, raw = codec.expected_size(spec), HEADER_SIZE + 4 * spec.size
     total = None if size is None else size * packets + raw * whole
     count = packets + whole
     return DirectionPlan(
-        codec=coding.name,
+        codec=codec.name,
         packet=size,
         exact=codec.packet_size(spec) is not None,
         packets=packets,
@@ -392,6 +453,7 @@ def _memory(
     spec: AdapterSpec,
     full: AdapterSpec,
     sampled: int,
+    codecs: tuple[Codec, Codec],
 ) -> MemoryPlan:
     training = config.training
     dtype = _dtype(config.model)
@@ -402,13 +464,12 @@ def _memory(
         dtype = f"{config.model.quantization}, rest {dtype}"
     adamw = training.optimizer == "adamw"
     moments = 2 if adamw else int(training.momentum > 0)
-    codec = make_codec(config.uplink.name, config.uplink.options)
-    downlink = make_codec(config.downlink.name, config.downlink.options)
+    codec, downlink = codecs
     known = not config.federation.stateless and (codec.uses_previous or downlink.uses_previous)
     tokens = (training.micro_batch_size or training.batch_size) * config.data.max_length
     packet = codec.expected_size(spec)
     strategy = config.federation.strategy.name
-    streams = config.federation.aggregation == "factors" and strategy not in _NEED_EVERY_REPLY
+    streams = config.federation.aggregation != "product" and strategy not in _NEED_EVERY_REPLY
     held = 1 if streams else sampled
     state = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2}.get(strategy, 0)
     return MemoryPlan(
@@ -468,6 +529,17 @@ def _total(direction: DirectionPlan) -> str:
     if direction.total is None or direction.ratio is None:
         return f"{packets}; {fp32}"
     return f"{human_bytes(direction.total)} in {packets}; {fp32} ({direction.ratio:.2f}x)"
+
+
+def _codec_rows(plan: CodecStatePlan | None) -> list[tuple[str, str]]:
+    if plan is None:
+        return []
+    times = f"{plan.sent:,} times {human_bytes(plan.state)}"
+    rows = [("codec state, down", f"at most {human_bytes(plan.total)}: {times}")]
+    if plan.tgap_uplink or plan.tgap_downlink:
+        up, down = human_bytes(plan.tgap_uplink), human_bytes(plan.tgap_downlink)
+        rows.append(("pre-training", f"{up} up and {down} down, before this run"))
+    return rows
 
 
 def _duration(seconds: float | None) -> str:

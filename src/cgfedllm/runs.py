@@ -8,9 +8,10 @@
         metrics.jsonl      one RoundRecord a line
         checkpoints/       what the server needs to resume
         clients/           what simulated clients keep between rounds (residuals, optimiser)
-        tensorboard/  adapter/ (PEFT)  codec.safetensors  report.html  figures/
+        tensorboard/  adapter/ (PEFT)  codec.safetensors  report.html  figures/  evaluation/
         recording/         every client's updates, where `cgfedllm record` keeps them here
         recording.json     where they are kept
+        privacy.json       what the server has released under a privacy budget, and its secret key
         .lock              held by the process that works here
 """
 
@@ -35,6 +36,7 @@ from cgfedllm import __version__, storage
 from cgfedllm.config import Config, parse_config
 from cgfedllm.errors import CgFedLlmError, CheckpointError, StorageError
 from cgfedllm.metrics import RoundRecord
+from cgfedllm.privacy.ledger import FILE as PRIVACY_LEDGER
 
 _PACKAGES = ("torch", "flwr", "transformers", "peft", "numpy", "safetensors")
 
@@ -171,6 +173,11 @@ class RunFolder:
     def figures_dir(self) -> Path:
         """Figures of the report."""
         return self.path / "figures"
+
+    @property
+    def evaluation_dir(self) -> Path:
+        """Results of `cgfedllm evaluate`."""
+        return self.path / "evaluation"
 
     def exists(self) -> bool:
         """Whether this is a run folder."""
@@ -343,6 +350,7 @@ class RunFolder:
                 self.codec_path,
                 self.recording_note_path,
                 self.report_path,
+                self.path / PRIVACY_LEDGER,
             ):
                 file.unlink(missing_ok=True)
             for folder in (
@@ -352,6 +360,7 @@ class RunFolder:
                 self.adapter_dir,
                 self.recording_dir,
                 self.figures_dir,
+                self.evaluation_dir,
             ):
                 if folder.is_dir():
                     shutil.rmtree(folder)

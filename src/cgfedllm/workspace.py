@@ -9,10 +9,10 @@ from __future__ import annotations
 import tomllib
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs import Codec, make_codec
+from cgfedllm.codecs import Codec, CodecState, make_codec
 from cgfedllm.config import Config, parse_config
 from cgfedllm.data import ClientData, FederatedData, load_federated_data
 from cgfedllm.data.encoding import EncodedRows, Example, RowEncoder
@@ -21,6 +21,8 @@ from cgfedllm.lora import initial_adapter
 
 if TYPE_CHECKING:
     from cgfedllm.model import AdaptedModel
+    from cgfedllm.privacy.plan import PrivacyPlan
+    from cgfedllm.tgap.codec_file import CodecFile
     from cgfedllm.training.local import LocalTrainer
 
 
@@ -74,14 +76,74 @@ class Workspace:
         return values
 
     @cached_property
+    def codec_file(self) -> CodecFile | None:
+        """The pre-trained uplink codec, if the configuration names one. Clients do not have it.
+
+        Raises
+        ------
+        CodecStateError
+            If the file is missing, damaged, or of another codec or adapter.
+        """
+        # only where a file is named does it take the model to know the spec
+        return None if self.config.uplink.state is None else read_codec_file(self.config, self.spec)
+
+    @cached_property
     def uplink(self) -> Codec:
-        """Codec from client to server."""
-        return make_codec(self.config.uplink.name, self.config.uplink.options)
+        """Codec from client to server.
+
+        Raises
+        ------
+        CodecStateError
+            As `codec_file`.
+        """
+        return uplink_codec(self.config, self.codec_file)
+
+    @cached_property
+    def codec_state(self) -> CodecState:
+        """State of the uplink codec before the first round; empty for codecs that do not learn.
+
+        Raises
+        ------
+        CodecStateError
+            As `codec_file`.
+        """
+        if self.codec_file is not None:
+            return self.codec_file.state
+        return self.uplink.initial_state(self.spec, self.config.seed)
+
+    def save_codec(self, path: Path, state: CodecState, card: dict[str, Any]) -> None:
+        """Write the uplink codec as a codec file.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be written.
+        """
+        from cgfedllm.codecs.learned import LearnedCodec
+        from cgfedllm.tgap.codec_file import save_codec_file
+
+        assert isinstance(self.uplink, LearnedCodec)
+        save_codec_file(path, self.uplink, state, self.spec, card)
 
     @cached_property
     def downlink(self) -> Codec:
         """Codec from server to client."""
         return make_codec(self.config.downlink.name, self.config.downlink.options)
+
+    @cached_property
+    def privacy(self) -> PrivacyPlan | None:
+        """What the [privacy] table comes to; None without a mechanism.
+
+        Raises
+        ------
+        PrivacyError
+            If the run would spend more than its budget.
+        """
+        if self.config.privacy.mechanism == "none":
+            return None
+        from cgfedllm.privacy.plan import plan_privacy
+
+        return plan_privacy(self.config, len(self.data.clients))
 
     @cached_property
     def packed(self) -> bool:
@@ -141,6 +203,30 @@ class Workspace:
 def workspace_for(config_toml: str, run_dir: str) -> Workspace:
     """The workspace of a resolved configuration; one a process."""
     return Workspace(parse_config(tomllib.loads(config_toml)), Path(run_dir))
+
+
+def read_codec_file(config: Config, spec: AdapterSpec) -> CodecFile | None:
+    """The pre-trained uplink codec, if the configuration names one.
+
+    Raises
+    ------
+    CodecStateError
+        If the file is missing, damaged, or of another codec or adapter.
+    """
+    uplink = config.uplink
+    if uplink.state is None:
+        return None
+    from cgfedllm.tgap.codec_file import load_codec_file
+
+    file = load_codec_file(uplink.state)
+    file.check(spec, codec=uplink.name, options=uplink.options)
+    return file
+
+
+def uplink_codec(config: Config, file: CodecFile | None) -> Codec:
+    """Codec from client to server; a file's options hold unless `uplink.options` says otherwise."""
+    uplink = config.uplink
+    return make_codec(uplink.name, uplink.options) if file is None else file.codec(uplink.options)
 
 
 def _model_key(config: Config) -> str:

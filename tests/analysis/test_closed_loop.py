@@ -193,6 +193,29 @@ def test_what_a_cell_holds(compare: Compare) -> None:
     assert cell["seconds"]["encode_share_of_train"] == pytest.approx(0.05)
 
 
+def test_what_a_codec_that_learns_costs_is_told_apart(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = records_of
+
+    def learning(config: Config) -> list[RoundRecord]:
+        records = plain(config)
+        if config.uplink.name == "int8":
+            records[0].tgap_uplink_bytes = 700
+            for record in records[1:]:
+                record.codec_bytes_total = 50
+        return records
+
+    monkeypatch.setitem(globals(), "records_of", learning)
+    _, results = compare(Runs())
+    raw, int8 = results["cells"][:2]
+    assert not {"codec_state", "pre_training"} & raw.keys()
+    assert int8["codec_state"] == {"bytes": 50}
+    assert int8["pre_training"] == {"uplink_bytes": 700, "downlink_bytes": 0}
+    point = int8["curve"][1]
+    assert (point["downlink_bytes"], point["total_bytes"]) == (32, 2000 + 32 + 50)
+
+
 def test_summaries_are_paired_by_seed(compare: Compare) -> None:
     _, results = compare(Runs())
     int8 = of(results, "int8")

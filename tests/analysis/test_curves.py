@@ -27,6 +27,13 @@ def test_only_evaluated_rounds_are_points() -> None:
     assert curve_of(records)[1].total == 12
 
 
+def test_codec_state_counts_in_the_total_and_pre_training_does_not() -> None:
+    record = RoundRecord(1, heldout_nll=2.0, uplink_bytes_total=5, downlink_bytes_total=7)
+    record.codec_bytes_total, record.tgap_uplink_bytes = 11, 1000
+    (point,) = curve_of([record])
+    assert (point.uplink, point.downlink, point.codec, total(point)) == (5, 7, 11, 23)
+
+
 def test_gain_kept() -> None:
     assert gain(RAW) == 1.0
     assert gain_kept(SMALL, RAW) == pytest.approx(0.96)

@@ -183,7 +183,7 @@ def test_round_trip_of_the_real_thing(name: str) -> None:
     context = CodecContext(SPEC, 1)
     snr = []
     for rate in (2.0, 4.0, 8.0):
-        coder = Trial(f"peer:{name}", {"bpp": rate}, rate).make()
+        coder = Trial(f"peer:{name}", {"bpp": rate}, rate).make(SPEC)
         blob = coder.encode(update, context)
         assert type(blob) is bytes
         assert blob == peer.encode(update, rate)

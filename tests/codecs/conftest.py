@@ -16,7 +16,16 @@ from cgfedllm.errors import CodecError
 # The default of 0.1 bits is below the header of the small adapters here, so little is sent of
 # them; the same tests are run again at a rate that sends something.
 GENEROUS_BPP = (4.0, 2.0, 1.0, 0.5)
+# Networks as small as they come; those of full size are in test_cg_*.py.
+BASE: dict[str, dict[str, Any]] = {
+    "cg_cnn": {"stages": 2},
+    "cg_resnet": {"stages": 2, "residual_blocks": 1},
+    "cg_unet": {"stages": 2, "residual_blocks": 1},
+}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "cg_cnn": [{"preset": "printed"}],
+    "cg_resnet": [{"preset": "printed"}, {"preset": "printed", "latent_dtype": "bfloat16"}],
+    "cg_unet": [{"preset": "printed"}],
     "int4": [{"group": 3}],
     "qsgd": [{"unbiased": True, "bpp": 4.0}, {"bucket": 8, "bpp": 8.0}],
     "zero": [{"scale": 0.5}],
@@ -32,7 +41,7 @@ def _cases() -> dict[str, tuple[str, dict[str, Any]]]:
             options.append(_generous(name))
         for chosen in options + VARIANTS.get(name, []):
             text = ",".join(f"{key}={value}" for key, value in chosen.items())
-            cases[f"{name}({text})"] = name, chosen
+            cases[f"{name}({text})"] = name, {**BASE.get(name, {}), **chosen}
     return cases
 
 

@@ -16,16 +16,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs import Codec, CodecContext, codec_names, make_codec
+from cgfedllm.codecs import Codec, CodecContext, CodecState, codec_names, make_codec
 
 GOLDEN = Path(__file__).parent / "golden"
 # enough for what has rate control to send something of the larger adapter
 GOLDEN_BPP = 2.0
+# networks as small as they come; halves below zero stay exact
+GOLDEN_NETWORKS: dict[str, dict[str, Any]] = {
+    "cg_cnn": {"stages": 2, "slope": 0.5},
+    "cg_resnet": {"stages": 2, "slope": 0.5, "residual_blocks": 1},
+    "cg_unet": {"stages": 2, "slope": 0.5, "residual_blocks": 1},
+}
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 
@@ -68,8 +75,35 @@ def large_update(spec: AdapterSpec = LARGE, salt: int = 0) -> AdapterUpdate:
     return update
 
 
+def exact_state(codec: Codec, spec: AdapterSpec) -> CodecState:
+    """A state for which float32 rounds nothing, so that all processors agree on every bit.
+
+    Element i of a convolution or of means is 1 where i mod 7 is 1, -1 where it is 5, otherwise 0.
+    Batch normalisation halves what is left, since its variance and what is added to it make 1, and
+    adds i mod 2; so do other offsets. Signs of rank vectors alternate, from 1.
+    """
+    initial = codec.initial_state(spec)
+    if not initial.tensors:
+        return initial
+    tensors = {}
+    for name, array in initial.tensors.items():
+        index = np.arange(array.size)
+        if name == "layout.signs":
+            values = 1 - 2 * (index % 2)
+        elif name.endswith("running_var"):
+            values = np.full(array.size, 1 - 2.0**-16)
+        elif name.endswith("bias"):
+            values = index % 2
+        elif name.endswith("weight") and array.ndim == 1:
+            values = np.full(array.size, 0.5)
+        else:
+            values = (index % 7 == 1) * 1 - (index % 7 == 5)
+        tensors[name] = values.astype(array.dtype).reshape(array.shape)
+    return CodecState.of(tensors)
+
+
 def golden_codec(name: str) -> Codec:
-    codec = make_codec(name)
+    codec = make_codec(name, GOLDEN_NETWORKS.get(name))
     return make_codec(name, {"bpp": GOLDEN_BPP}) if hasattr(codec.options, "bpp") else codec
 
 
@@ -77,7 +111,8 @@ def golden_case(codec: Codec) -> tuple[AdapterUpdate, CodecContext]:
     rated = hasattr(codec.options, "bpp")
     update = large_update() if rated or codec.payload_size(SMALL) is None else small_update()
     previous = (update.vector / np.float32(2))[::-1].copy()
-    return update, CodecContext(update.spec, round=7, seed=5, previous=previous)
+    state = exact_state(codec, update.spec)
+    return update, CodecContext(update.spec, round=7, seed=5, state=state, previous=previous)
 
 
 def golden_lines(name: str) -> tuple[bytes, bytes]:
@@ -109,6 +144,27 @@ def test_no_golden_packet_is_left_over() -> None:
     assert {path.stem for path in GOLDEN.glob("*.hex")} == set(codec_names())
 
 
+@pytest.mark.parametrize("name", GOLDEN_NETWORKS)
+def test_golden_networks_round_nothing(name: str) -> None:
+    import torch
+
+    from cgfedllm.codecs.cg.nets import with_tensors
+
+    codec = golden_codec(name)
+    update, context = golden_case(codec)
+    tensors = {n: array for n, array in context.state.tensors.items() if n != "layout.signs"}
+    image = torch.from_numpy(codec.layout(update.spec).to_image(update.vector))[None, None] * 2**12
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        net = with_tensors(codec.design, tensors).eval().to(dtype)
+        with torch.no_grad():
+            latents = net.encoder(image.to(dtype))
+            values = net.decoder([latent.round() for latent in latents])
+        found.append([own.double() for own in (*latents, values)])
+    assert all(torch.equal(single, double) for single, double in zip(*found, strict=True))
+    assert all(own.any() for own in found[0])
+
+
 # ---- other processes, other numbers of threads --------------------------------------------------
 
 
@@ -116,10 +172,11 @@ def middle_size_hashes() -> dict[str, str]:
     """Of every codec's packet and values, for an update large enough to be worth threads."""
     spec = lora_spec(8, 4096, 4096, 1024)
     update = large_update(spec)
-    context = CodecContext(spec, round=7, seed=5, previous=large_update(spec, salt=9).vector)
+    previous = large_update(spec, salt=9).vector
     hashes = {}
     for name in codec_names():
         codec = make_codec(name)
+        context = CodecContext(spec, 7, 5, codec.initial_state(spec), previous)
         packet = codec.encode(update, context)
         decoded = codec.decode(packet, context).vector.astype("<f4").tobytes()
         hashes[name] = " ".join(hashlib.sha256(part).hexdigest() for part in (packet, decoded))

@@ -18,13 +18,17 @@ def update(seed: int, scale: float = 1e-3) -> AdapterUpdate:
     return AdapterUpdate(SPEC, (rng.standard_normal(SPEC.size) * scale).astype(np.float32))
 
 
+def context_of(codec: Codec, round: int) -> CodecContext:
+    return CodecContext(SPEC, round, state=codec.initial_state(SPEC))
+
+
 @pytest.fixture(params=codec_names())
 def codec(request: pytest.FixtureRequest) -> Codec:
     return make_codec(request.param)
 
 
 def test_what_is_sent_and_what_is_kept_make_what_was_wanted(codec: Codec) -> None:
-    context = CodecContext(SPEC, round=2)
+    context = context_of(codec, round=2)
     first = encode_with_feedback(codec, update(0), context)
     assert first.residual is not None
     second = encode_with_feedback(codec, update(1), context, residual=first.residual, decay=0.5)
@@ -38,7 +42,7 @@ def test_what_is_sent_and_what_is_kept_make_what_was_wanted(codec: Codec) -> Non
 
 
 def test_lossless_codecs_keep_nothing(codec: Codec) -> None:
-    out = encode_with_feedback(codec, update(0), CodecContext(SPEC, round=1))
+    out = encode_with_feedback(codec, update(0), context_of(codec, round=1))
     assert out.residual is not None
     assert (out.residual.norm() == 0) == codec.lossless
 
@@ -52,7 +56,7 @@ def test_the_sum_of_what_is_decoded_follows_the_sum_of_updates(
     sent = wanted = np.zeros(SPEC.size)
     for round_ in range(rounds):
         change = update(seed + round_)
-        out = encode_with_feedback(codec, change, CodecContext(SPEC, round_), residual=residual)
+        out = encode_with_feedback(codec, change, context_of(codec, round_), residual=residual)
         residual = out.residual
         sent = sent + out.decoded.vector
         wanted = wanted + change.vector
@@ -78,14 +82,14 @@ def test_a_constant_too_small_for_one_round_arrives_over_many() -> None:
 
 
 def test_decay_zero_forgets(codec: Codec) -> None:
-    context = CodecContext(SPEC, round=1)
+    context = context_of(codec, round=1)
     plain = codec.encode(update(0), context)
     out = encode_with_feedback(codec, update(0), context, residual=update(1), decay=0.0)
     assert out.packet == plain
 
 
 def test_disabled_is_plain_encoding(codec: Codec) -> None:
-    context = CodecContext(SPEC, round=1)
+    context = context_of(codec, round=1)
     out = encode_with_feedback(codec, update(0), context, residual=update(1), enabled=False)
     assert out.residual is None
     assert out.packet == codec.encode(update(0), context)
@@ -93,7 +97,7 @@ def test_disabled_is_plain_encoding(codec: Codec) -> None:
 
 
 def test_bad_input(codec: Codec) -> None:
-    context = CodecContext(SPEC, round=1)
+    context = context_of(codec, round=1)
     broken = update(0)
     broken.vector[0] = np.nan
     with pytest.raises(CodecError):

@@ -52,9 +52,10 @@ def normal(seed: int) -> AdapterUpdate:
     return AdapterUpdate(SPEC, values.astype(np.float32))
 
 
-def context(previous: AdapterUpdate | None = None) -> CodecContext:
+def context(codec: Codec, previous: AdapterUpdate | None = None) -> CodecContext:
     known = None if previous is None else previous.vector.copy()
-    return CodecContext(SPEC, round=3, seed=11, previous=known)
+    state = codec.initial_state(SPEC)
+    return CodecContext(SPEC, round=3, seed=11, state=state, previous=known)
 
 
 def resealed(blob: bytes) -> bytes:
@@ -64,8 +65,8 @@ def resealed(blob: bytes) -> bytes:
 
 
 def test_the_flag_says_whether_the_previous_aggregate_was_used(codec: Codec) -> None:
-    with_it = codec.encode(normal(0), context(normal(1)))
-    without = codec.encode(normal(0), context())
+    with_it = codec.encode(normal(0), context(codec, normal(1)))
+    without = codec.encode(normal(0), context(codec))
     assert (with_it[FLAGS], without[FLAGS]) == (int(codec.uses_previous), 0)
     assert Packet.from_bytes(with_it).uses_previous == codec.uses_previous
     if not codec.uses_previous:
@@ -73,7 +74,7 @@ def test_the_flag_says_whether_the_previous_aggregate_was_used(codec: Codec) -> 
 
 
 def test_both_ends_decode_the_same_with_it_and_without(codec: Codec) -> None:
-    for given in (context(normal(1)), context()):
+    for given in (context(codec, normal(1)), context(codec)):
         blob = codec.encode(normal(0), given)
         first, second = codec.decode(blob, given), codec.decode(blob, given)
         assert first.vector.tobytes() == second.vector.tobytes()
@@ -81,42 +82,42 @@ def test_both_ends_decode_the_same_with_it_and_without(codec: Codec) -> None:
 
 
 def test_a_self_contained_packet_is_decoded_without_it_wherever_it_is_held(codec: Codec) -> None:
-    blob = codec.encode(normal(0), context())
-    alone, holding = (codec.decode(blob, context(known)) for known in (None, normal(1)))
+    blob = codec.encode(normal(0), context(codec))
+    alone, holding = (codec.decode(blob, context(codec, known)) for known in (None, normal(1)))
     assert alone.vector.tobytes() == holding.vector.tobytes()
 
 
 def test_codecs_see_it_only_as_the_packet_says() -> None:
     codec = Difference()
-    blob = codec.encode(normal(0), context())
-    codec.decode(blob, context(normal(1)))
-    blob = codec.encode(normal(0), context(normal(1)))
-    codec.decode(blob, context(normal(1)))
+    blob = codec.encode(normal(0), context(codec))
+    codec.decode(blob, context(codec, normal(1)))
+    blob = codec.encode(normal(0), context(codec, normal(1)))
+    codec.decode(blob, context(codec, normal(1)))
     assert codec.seen == [False, False, True, True]
 
 
 def test_who_does_not_hold_it_refuses_a_packet_that_needs_it() -> None:
     codec = Difference()
-    blob = codec.encode(normal(0), context(normal(1)))
+    blob = codec.encode(normal(0), context(codec, normal(1)))
     with pytest.raises(PacketError, match="previous aggregate, which is not held here"):
-        codec.decode(blob, context())
+        codec.decode(blob, context(codec))
 
 
 def test_codecs_that_do_not_use_it_refuse_the_flag(codec: Codec) -> None:
     if codec.uses_previous:
         pytest.skip("uses it")
-    blob = bytearray(codec.encode(normal(0), context()))
+    blob = bytearray(codec.encode(normal(0), context(codec)))
     blob[FLAGS] = 1
     with pytest.raises(PacketError, match="which this codec does not use"):
-        codec.decode(resealed(bytes(blob)), context(normal(1)))
+        codec.decode(resealed(bytes(blob)), context(codec, normal(1)))
 
 
 @pytest.mark.parametrize("flags", [2, 3, 0x80, 0xFF])
 def test_other_flags_are_refused(codec: Codec, flags: int) -> None:
-    blob = bytearray(codec.encode(normal(0), context(normal(1))))
+    blob = bytearray(codec.encode(normal(0), context(codec, normal(1))))
     blob[FLAGS] = flags
     with pytest.raises(PacketError, match=f"flags {flags:#04x} are not known"):
-        codec.decode(resealed(bytes(blob)), context(normal(1)))
+        codec.decode(resealed(bytes(blob)), context(codec, normal(1)))
 
 
 # ---- sizes to expect ----------------------------------------------------------------------------

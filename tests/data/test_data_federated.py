@@ -151,6 +151,62 @@ def test_a_client_without_a_training_row_is_named(tmp_path):
         load_federated_data(config, 0)
 
 
+def test_d1_and_d2_divide_the_training_rows_and_leave_the_evaluation_alone(hospitals):
+    options = {"source": hospitals, "partition": BY_SITE, "splits": {"test": 0.1}}
+    whole, d1, d2 = (
+        load_federated_data(DataConfig(**options, part=part), 3) for part in ("all", "d1", "d2")
+    )
+    assert whole.heldout == d1.heldout == d2.heldout
+    for both, first, second in zip(whole.clients, d1.clients, d2.clients, strict=True):
+        assert (both.validation, both.test) == (first.validation, first.test)
+        assert (both.validation, both.test) == (second.validation, second.test)
+        assert [r for r in both.train if r in first.train] == first.train
+        assert [r for r in both.train if r not in first.train] == second.train
+        assert len(first.train) == pytest.approx(0.3 * len(both.train), abs=2)
+    config = DataConfig(**options)
+    first = {key for client in d1.clients for key in keys(client.train, config)}
+    assert not first & {key for client in d2.clients for key in keys(client.train, config)}
+    rows = [sum(len(c.train) for c in data.clients) for data in (d1, d2, whole)]
+    assert rows[0] + rows[1] == rows[2]
+    said = "{} of {} training rows used: data.part = {}, data.d1_share = 0.3"
+    assert said.format(rows[0], rows[2], "d1") in d1.notes
+    assert said.format(rows[1], rows[2], "d2") in d2.notes
+    assert not any("data.part" in note for note in whole.notes)
+
+
+def test_the_seed_of_the_data_decides_what_d1_is(hospitals):
+    options = {"source": hospitals, "partition": BY_SITE, "part": "d1"}
+    fixed = DataConfig(**options, seed=1)
+    assert load_federated_data(fixed, 7) == load_federated_data(DataConfig(**options), 1)
+    assert load_federated_data(fixed, 7) != load_federated_data(DataConfig(**options), 7)
+
+
+@pytest.mark.parametrize("part", ["d1", "d2"])
+def test_a_client_without_a_row_for_d1_is_named(tmp_path, part):
+    rows = asked(range(40), client="a") + asked(range(50, 51), client="b")
+    config = DataConfig(
+        source=write(tmp_path / "a.jsonl", rows),
+        partition={"min_rows": 1},
+        splits={"validation": 0.0, "heldout": 0.0},
+        part=part,
+    )
+    with pytest.raises(DataError, match=r"client 'b' has no row for d1: its 1 .*min_rows"):
+        load_federated_data(config, 0)
+
+
+def test_a_client_whose_rows_are_all_in_d1_elsewhere_is_named(tmp_path):
+    rows = asked(range(40), client="a") + asked(range(2), client="b")
+    config = DataConfig(
+        source=write(tmp_path / "a.jsonl", rows),
+        partition={"min_rows": 1},
+        splits={"validation": 0.0, "heldout": 0.0},
+        part="d2",
+        d1_share=0.97,
+    )
+    with pytest.raises(DataError, match="client 'b' has no row for d2"):
+        load_federated_data(config, 0)
+
+
 def test_a_source_of_blank_rows_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": " "}])
     with pytest.raises(DataError, match=r"every row of .* is blank"):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cgfedllm.config import DataConfig, SplitConfig
 from cgfedllm.data.formats import parse_row
-from cgfedllm.data.splits import Split, content_key, split_rows
+from cgfedllm.data.splits import Split, content_key, divide_training, draw_order, split_rows
 
 SHARES = st.sampled_from([0.0, 0.05, 0.2, 0.3])
 LIMITS = st.sampled_from([0, 1, 5])
@@ -159,3 +159,47 @@ def test_other_words_or_other_speakers_have_another_key():
 def test_shares_that_leave_nothing_for_training_are_refused():
     with pytest.raises(ValidationError, match="must leave rows for training"):
         SplitConfig(validation=0.5, test=0.3, heldout=0.2)
+
+
+@given(federations(), st.floats(0.01, 1.0), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_d1_and_d2_share_no_content_anywhere(federation, share, seed):
+    clients, keys = federation
+    divided = divide_training(clients, keys, share, seed)
+    first = {keys[n] for d1, _ in divided.values() for n in d1}
+    second = {keys[n] for _, d2 in divided.values() for n in d2}
+    assert not first & second
+    for name, (d1, d2) in divided.items():
+        assert sorted(d1 + d2) == clients[name]
+        if len({keys[n] for n in clients[name]}) > 1:
+            assert d1
+    assert divided == divide_training(clients, keys, share, seed)
+
+
+def test_d1_is_the_first_share_in_the_order_of_the_splits():
+    a, b = list(range(40)), list(range(40, 50))
+    divided = divide_training({"a": a, "b": b}, DISTINCT, 0.3, seed=5)
+    assert [(len(d1), len(d2)) for d1, d2 in divided.values()] == [(12, 28), (3, 7)]
+    order = draw_order([DISTINCT[n] for n in a], 5)
+    assert divided["a"][0] == sorted(order[:12])
+    assert divided["a"] == divide_training({"a": a}, DISTINCT, 0.3, seed=5)["a"]
+    assert divided != divide_training({"a": a, "b": b}, DISTINCT, 0.3, seed=6)
+
+
+@pytest.mark.parametrize("share", [0.001, 1.0])
+def test_each_side_of_two_rows_or_more_has_one(share):
+    (d1, d2), alone = divide_training({"a": [0, 1, 2], "b": [3]}, DISTINCT, share, 0).values()
+    assert min(len(d1), len(d2)) == 1
+    assert alone == ([], [3])
+
+
+def test_copies_follow_a_row_into_d1():
+    keys = [b"same", b"same", b"same", *DISTINCT[:40]]
+    clients = {"a": [0, 1, *range(3, 23)], "b": [2, *range(23, 43)]}
+    sides = set()
+    for seed in range(20):
+        divided = divide_training(clients, keys, 0.3, seed)
+        first = {n for d1, _ in divided.values() for n in d1 if n < 3}
+        assert first in (set(), {0, 1, 2})
+        sides.add(len(first))
+    assert sides == {0, 3}

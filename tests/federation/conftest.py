@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,18 +37,32 @@ def spec() -> AdapterSpec:
     )
 
 
+@contextmanager
+def registering(monkeypatch: pytest.MonkeyPatch, module: str) -> Iterator[ModuleType]:
+    """Codecs of a module beside this one, registered for one test."""
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+        path = Path(__file__).with_name(f"{module}.py")
+        found = importlib.util.spec_from_file_location(module, path)
+        assert found is not None
+        assert found.loader is not None
+        loaded = importlib.util.module_from_spec(found)
+        found.loader.exec_module(loaded)
+        yield loaded
+
+
 @pytest.fixture
 def delta_codec(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Name of a codec that uses the previous aggregate, registered for one test."""
-    with monkeypatch.context() as patch:
-        patch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-        path = Path(__file__).with_name("previous_codec.py")
-        found = importlib.util.spec_from_file_location("previous_codec", path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
+    with registering(monkeypatch, "previous_codec") as module:
         yield module.NAME
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module of two codecs that learn, registered for one test."""
+    with registering(monkeypatch, "learned_codecs") as module:
+        yield module
 
 
 @pytest.fixture(scope="session")

@@ -210,6 +210,19 @@ FLUSH_POINTS: dict[str, Callable[[], Listener]] = {
 }
 IN_THE_FLUSH = "killed in each round and at each point of the flush"
 
+# what a run of 3 rounds passes through whose uplink codec adapts after each
+CODEC_POINTS: dict[str, Callable[[], Listener]] = {
+    "first checkpoint half written": POINTS["first checkpoint half written"],
+    "a client's codec state half written": in_the_middle_of_writing("codec-000001"),
+    "client 2 in the middle of its training": POINTS["client 2 in the middle of its training"],
+    "client 2's memory saved, not replied": POINTS["client 2's memory saved, not replied"],
+    "checkpoint half written": POINTS["checkpoint half written"],
+    "checkpoint there, its line not": POINTS["checkpoint there, its line not"],
+    "the codec half written": in_the_middle_of_writing("codec.safetensors"),
+    "the codec there, the adapter not": before_call(server_app, "save_adapter"),
+}
+AROUND_THE_CODEC = "killed at each point in turn of a run whose codec adapts"
+
 
 # ---- processes ----------------------------------------------------------------------------------
 
@@ -261,9 +274,10 @@ def scenario(name: str, config: Config) -> dict[str, Any]:
             content = bytearray(newest.read_bytes())
             content[len(content) // 2] ^= 1
             newest.write_bytes(content)
-        case _ if name == IN_THE_FLUSH:
+        case _ if name in (IN_THE_FLUSH, AROUND_THE_CODEC):
             rounds = {name: POINTS[name] for name in list(POINTS)[:12]}
-            for point, arm in (rounds | FLUSH_POINTS).items():
+            points = rounds | FLUSH_POINTS if name == IN_THE_FLUSH else CODEC_POINTS
+            for point, arm in points.items():
                 assert killed(work, arm), f"never came to: {point}"
                 kills += 1
                 work = go_on
@@ -277,7 +291,9 @@ def scenario(name: str, config: Config) -> dict[str, Any]:
 
 
 def main(config_file: str, names: list[str]) -> None:
-    import previous_codec  # noqa: F401  # from beside this file; registers the codec
+    # from beside this file; they register codecs
+    import learned_codecs  # noqa: F401
+    import previous_codec  # noqa: F401
 
     base = load_config(config_file)
     cgfedllm.run(base.with_overrides({"name": "warm-up", "federation.rounds": 1}))

@@ -156,6 +156,27 @@ def test_server_learning_rate_scales_the_step(tiny_config: MakeConfig) -> None:
     np.testing.assert_allclose((other - start).vector, (one - start).scaled(0.5).vector, atol=1e-6)
 
 
+def test_summed_changes_go_as_many_times_as_far_as_there_are_clients(
+    tiny_config: MakeConfig,
+) -> None:
+    common = ("evaluation.clients=false", "federation.rounds=1", "federation.weighting=uniform")
+    mean, total, scaled = (
+        cgfedllm.run(tiny_config(*common, f"name=rule-{number}", *settings))
+        for number, settings in enumerate(
+            [
+                (),
+                ("federation.aggregation=sum",),
+                ("federation.aggregation=sum", f"federation.server_lr={1 / 3}"),
+            ]
+        )
+    )
+    norm = mean.records[1].update_norm
+    assert total.records[1].update_norm == pytest.approx(3 * norm, rel=1e-4)
+    assert scaled.records[1].update_norm == pytest.approx(norm, rel=1e-4)
+    same = [load_adapter(run.adapter_dir) for run in (mean, scaled)]
+    np.testing.assert_allclose(same[0].vector, same[1].vector, atol=1e-6)
+
+
 # ---- bytes --------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from cgfedllm.config import load_config
+from cgfedllm.runs import RunFolder
+from cgfedllm.tgap.codec_file import load_codec_file
 
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
 # every piece of state there is matters to this run
@@ -127,6 +129,22 @@ def test_the_previous_aggregate_and_the_flush_are_resumed_too(
     assert_no_temp_files(runs)
     last = outcome(Path(runs["unbroken"]["run_dir"]))["rounds"][-1]
     assert (last["round"], last["flush"]) == (4, True)
+
+
+def test_what_the_uplink_codec_has_learned_is_resumed_too(
+    run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any], learned: ModuleType
+) -> None:
+    names = [KILL.AROUND_THE_CODEC, KILL.DAMAGED]
+    runs = run_scenarios(names, f"uplink.name={learned.MEAN}", "uplink.adapt_every=1")
+    assert runs[KILL.AROUND_THE_CODEC]["kills"] == len(KILL.CODEC_POINTS)
+    for name in names:
+        assert_same(runs, name, outcome)
+        left = [RunFolder(runs[each]["run_dir"]).codec_path for each in (name, "unbroken")]
+        broken, unbroken = (load_codec_file(path).state for path in left)
+        assert broken.version == 3
+        assert broken.hash == unbroken.hash
+    assert_no_temp_files(runs)
+    assert outcome(Path(runs["unbroken"]["run_dir"]))["rounds"][-1]["codec_bytes"] > 0
 
 
 @pytest.mark.slow

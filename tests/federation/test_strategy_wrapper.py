@@ -35,6 +35,7 @@ from cgfedllm.federation.messages import (
     METRICS,
     NUM_EXAMPLES,
     PACKET,
+    REFERENCE_MISSING,
     VERSION,
     adapter_of,
     adapter_record,
@@ -42,7 +43,12 @@ from cgfedllm.federation.messages import (
     packet_of,
     packet_record,
 )
-from cgfedllm.federation.strategies import make_strategy, restore_strategy, strategy_state
+from cgfedllm.federation.strategies import (
+    averages_first,
+    make_strategy,
+    restore_strategy,
+    strategy_state,
+)
 from cgfedllm.federation.strategy import CompressedStrategy
 
 RandomAdapter = Callable[..., AdapterUpdate]
@@ -92,6 +98,7 @@ class Wrapped:
             broadcaster=self.broadcaster,
             seed=SEED,
             weighting=config.weighting,
+            summed=config.aggregation == "sum",
             min_replies=config.min_clients,
             client_name=name_of,
         )
@@ -216,6 +223,21 @@ def test_the_mean_is_weighted_as_asked(
     stacked = np.stack([trained(start, node, 1).vector for node in NODES])
     expected = np.average(stacked.astype(np.float64), axis=0, weights=weights)
     np.testing.assert_allclose(result.vector, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_summed_changes_are_their_uniform_mean_times_the_clients(
+    weighting: str, wrap: Callable[..., Wrapped], random_adapter: RandomAdapter
+) -> None:
+    start = random_adapter(0, scale=100.0)
+    wrapped = wrap(aggregation="sum", weighting=weighting)
+    total = wrapped_round(wrapped, start, 1) - start
+    mean = wrapped_round(wrap(weighting="uniform"), start, 1) - start
+    np.testing.assert_allclose(total.vector, CLIENTS * mean.vector, atol=2e-4)
+    steps = np.stack([(trained(start, node, 1) - start).vector for node in NODES])
+    # the start does not cancel badly: an error of its last place, not one a client
+    np.testing.assert_allclose(total.vector, steps.sum(axis=0), atol=2e-5)
+    assert averages_first(wrapped.strategy.inner)  # so no more than one reply is held
 
 
 def test_fedavgm_goes_on_from_the_real_global_adapter(
@@ -376,7 +398,7 @@ def test_a_client_that_lost_its_reference_is_sent_it_whole_and_charged(
 ) -> None:
     wrapped = wrap()
     message = wrapped.send(1, random_adapter(0))[0]
-    again = wrapped.strategy.resend(message)
+    again = wrapped.strategy.resend(message, {REFERENCE_MISSING})
     assert again.content[CONFIG][KIND] == "full"
     assert again.metadata.dst_node_id == message.metadata.dst_node_id
     name = name_of(message.metadata.dst_node_id)

@@ -57,3 +57,13 @@ def _make_records() -> Callable[..., list[RoundRecord]]:
 def records() -> list[RoundRecord]:
     """Rounds 0 to 3."""
     return make_records()
+
+
+@pytest.fixture
+def learning(records: list[RoundRecord]) -> list[RoundRecord]:
+    """The same run through a codec that was pre-trained and adapts after round 1."""
+    records[0].tgap_uplink_bytes, records[0].tgap_downlink_bytes = 5 * 2**20, 0
+    records[2].codec_bytes = 3 * 2**20
+    for record in records[2:]:
+        record.codec_bytes_total = 3 * 2**20
+    return records

@@ -89,6 +89,22 @@ def test_rich_prints_a_line_a_round(records: list[RoundRecord]) -> None:
     assert "runs/trial/adapter" in text
 
 
+def test_codec_state_is_told_in_the_rounds_that_send_it(learning: list[RoundRecord]) -> None:
+    said = "codec state 3.00 MiB down (total 3.00 MiB)"
+    clock = Clock()
+    watch, console = _rich(clock)
+    play(watch, learning, clock)
+    lines = _text(console).splitlines()
+    assert [line.strip() for line in lines if "codec state" in line] == [said]
+    assert lines[next(i for i, line in enumerate(lines) if said in line) - 1].startswith("2/3")
+    assert all(len(line) <= 80 for line in lines)
+    out = StringIO()
+    play(PlainWatcher(out, clock), learning, clock)
+    assert [said in line for line in out.getvalue().splitlines() if line.startswith("round ")] == [
+        False, False, True, False,
+    ]  # fmt: skip
+
+
 def test_rich_bars_show_where_the_run_is(records: list[RoundRecord]) -> None:
     clock = Clock()
     watch, console = _rich(clock)

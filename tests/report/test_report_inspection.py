@@ -121,7 +121,18 @@ def test_run_folder(tmp_path: Path, records: list[RoundRecord]) -> None:
     assert facts["held-out NLL"] == "3.0000 -> 2.4000 (-0.6000)"
     assert facts["clients"] == "3 evaluated, 3 better than before"
     assert facts["adapter"] == "not written yet"
+    assert not {"codec state", "pre-training"} & facts.keys()
     json.dumps(found.to_dict())
+
+
+def test_run_folder_of_a_codec_that_learns(tmp_path: Path, learning: list[RoundRecord]) -> None:
+    config = load_config(None, [f"output={str(tmp_path)!r}", "federation.rounds=3"])
+    with RunFolder.create(config) as run:
+        for record in learning:
+            run.append(record)
+    facts = dict(inspect(run.path).rows())
+    assert facts["codec state"] == "3.00 MiB down"
+    assert facts["pre-training"] == "5.00 MiB up, 0 B down"
 
 
 def test_checkpoint(tmp_path: Path, records: list[RoundRecord]) -> None:

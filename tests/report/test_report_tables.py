@@ -43,6 +43,30 @@ def test_final_table_counts_bytes_nll_and_time(records: list[RoundRecord]) -> No
     assert "1 client reply could not be used" in text
 
 
+def test_what_a_codec_that_learns_costs_is_a_line_of_its_own(
+    learning: list[RoundRecord], make_records: Maker
+) -> None:
+    text = render(final_table(learning, uplink_codec="cg_cnn"))
+    assert row(text, "codec state") == ["codec", "state,", "down", "3.00", "MiB"]
+    assert row(text, "pre-training") == ["pre-training,", "up", "5.00", "MiB"]
+    assert "pre-training, down" not in text
+    assert row(text, "downlink")[-2:] == ["1.00x", "32.00"]
+    plain = summarise(learning).to_dict()
+    assert (plain["codec_bytes"], plain["tgap_uplink_bytes"]) == (3 * 2**20, 5 * 2**20)
+    without = render(final_table(make_records()))
+    assert "codec state" not in without
+    assert "pre-training" not in without
+
+
+def test_a_comparison_names_it_below(learning: list[RoundRecord], make_records: Maker) -> None:
+    entries = [ComparisonEntry("raw", 0, make_records()), ComparisonEntry("cg_cnn", 0, learning)]
+    text = render(comparison_table(entries))
+    assert "codec state sent down, not in uplink: cg_cnn 3.00 MiB" in text
+    assert "pre-training, up, not in uplink: cg_cnn 5.00 MiB" in text
+    assert "raw 0" not in text
+    assert "not in uplink" not in render(comparison_table(entries[:1]))
+
+
 def test_final_table_of_nothing() -> None:
     text = render(final_table([]))
     assert row(text, "uplink")[-1] == "-"

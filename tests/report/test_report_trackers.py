@@ -52,6 +52,16 @@ def test_scalars_hold_what_matters(records: list[RoundRecord]) -> None:
     assert values["clients/failed"] == 1.0
 
 
+def test_what_a_codec_that_learns_costs_has_curves_of_its_own(
+    learning: list[RoundRecord],
+) -> None:
+    sent = [scalars(record).get("bytes/codec_total") for record in learning]
+    assert sent == [None, None, 3 * 2**20, 3 * 2**20]
+    assert scalars(learning[2])["bytes/codec"] == 3 * 2**20
+    assert scalars(learning[0])["bytes/tgap_uplink"] == 5 * 2**20
+    assert not any("tgap" in key or "codec" in key for key in scalars(learning[1]))
+
+
 def test_scalars_leave_out_what_is_unknown() -> None:
     values = scalars(RoundRecord(0, client_nll={"a": float("nan")}))
     assert not any(key.startswith(("nll", "loss")) for key in values)

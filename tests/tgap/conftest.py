@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import base
 from cgfedllm.config import Config
+from cgfedllm.tgap.index import RecordingKind
 from cgfedllm.tgap.recording import Recording, RecordingWriter
+
+from .pca_codec import NAME, PcaCodec
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 CLIENTS = ("north", "south", "west")
@@ -37,19 +41,48 @@ def values(spec: AdapterSpec) -> Callable[[int, str], AdapterUpdate]:
 
 
 @pytest.fixture
+def pca(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name of a codec that learns, registered for one test."""
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_REGISTRY", {**base._REGISTRY, NAME: PcaCodec})
+        yield NAME
+
+
+@pytest.fixture(scope="session")
+def learnable(
+    spec: AdapterSpec, values: Callable[[int, str], AdapterUpdate]
+) -> Callable[[int, str], AdapterUpdate]:
+    """As `values`, with most of the energy in two directions common to all."""
+    directions = np.random.default_rng(7).standard_normal((2, spec.size))
+
+    def make(round: int, client: str) -> AdapterUpdate:
+        noise = values(round, client).vector
+        return AdapterUpdate(spec, (3 * noise[:2] @ directions + 0.3 * noise).astype(np.float32))
+
+    return make
+
+
+@pytest.fixture
 def write(
     spec: AdapterSpec, values: Callable[[int, str], AdapterUpdate], tmp_path: Path
 ) -> Callable[..., Path]:
-    """``write(name, rounds, clients)``: folder of a recording."""
+    """``write(name, rounds, clients, kind, make)``: folder of a recording."""
 
     def make(
-        name: str = "recording", rounds: int = ROUNDS, clients: tuple[str, ...] = CLIENTS
+        name: str = "recording",
+        rounds: int = ROUNDS,
+        clients: tuple[str, ...] = CLIENTS,
+        kind: RecordingKind = "federated",
+        make: Callable[[int, str], AdapterUpdate] = values,
+        config: Config | None = None,
     ) -> Path:
-        with RecordingWriter(tmp_path / name, spec, Config(), environment={}) as writer:
+        with RecordingWriter(
+            tmp_path / name, spec, config or Config(), kind=kind, environment={}
+        ) as writer:
             for round_ in range(1, rounds + 1):
                 for number, client in enumerate(clients, start=1):
                     writer.add(
-                        values(round_, client),
+                        make(round_, client),
                         round=round_,
                         client=client,
                         steps=4,

@@ -75,7 +75,7 @@ def test_interrupted(cli: Cli, calls: Calls) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--kind", "local-only"], "federated or centralised"),
+        (["--kind", "local"], "one of federated, centralised, local-only"),
         (["--quiet", "--json"], "exclude each other"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 
 import cgfedllm
 from cgfedllm import api, events
+from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.config import Config
 from cgfedllm.errors import ConfigError, RecordingError, TrainingError
 from cgfedllm.metrics import RoundRecord
@@ -184,9 +185,36 @@ def test_a_lossy_uplink_is_refused(tiny_config: MakeConfig) -> None:
         api.record(tiny_config("uplink.name=int8"))
 
 
+def test_local_only(tiny_config: MakeConfig) -> None:
+    """Every client's own way, round by round: G_i^t as the paper has it."""
+    config = tiny_config(*SMALL, "federation.rounds=2")
+    with pytest.raises(Killed):
+        api.record(
+            config,
+            kind="local-only",
+            listeners=[killer(events.UpdateReceived, lambda e: (e.round, e.client) == (2, "west"))],
+        )
+    result = api.record(config, kind="local-only")  # references start again
+    assert result.run.run_dir.name == "tiny-local-only"
+    recording = Recording.open(result.path)
+    assert recording.kind == "local-only"
+    clients = ["north", "south", "west"]
+    assert [(e.round, e.client) for e in recording.entries] == [
+        (r, c) for r in (1, 2) for c in clients
+    ]
+    assert {e.steps for e in recording.entries} == {1}
+    start = Workspace(config, config.run_dir).start
+    for client in clients:
+        own = recording.select(clients=[client])
+        final = load_adapter(result.run.adapter_dir / client)
+        moved = AdapterUpdate.from_arrays(start.spec, final.views()) - start
+        np.testing.assert_allclose((own.update(0) + own.update(1)).vector, moved.vector, atol=1e-6)
+    assert api.record(config, kind="local-only") == result
+
+
 def test_an_unknown_kind_is_refused(tiny_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match="federated or centralised"):
-        api.record(tiny_config(), kind="local-only")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="one of federated, centralised, local-only"):
+        api.record(tiny_config(), kind="local")  # type: ignore[arg-type]
 
 
 def test_the_run_folder_itself_is_no_place(tiny_config: MakeConfig) -> None:

@@ -23,7 +23,7 @@ from cgfedllm.config import WITHOUT_FLUSH, Config, other_uplink, parse_value
 from cgfedllm.errors import ConfigError
 
 REFERENCES = ("centralised", "local-only")
-VARIABLE_TABLES = ("lora", "training", "federation", "uplink", "downlink")
+VARIABLE_TABLES = ("lora", "training", "federation", "uplink", "downlink", "privacy")
 _LONGEST_SLUG = 80
 
 

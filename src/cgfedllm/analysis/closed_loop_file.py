@@ -38,6 +38,9 @@ SHARES = (0.95, 0.99)
 DEFINITIONS = {
     "bytes": "lengths of serialised packets, headers included, summed over clients; downlink bytes "
     "include evaluation broadcasts",
+    "codec_state": "state of a learned uplink codec, sent down; in total_bytes, not in downlink",
+    "pre_training": "bytes that collecting updates to pre-train the uplink codec took, as its file "
+    "says; part of no other number",
     "heldout_nll": "nats per label token on the global held-out rows, the same for all cells",
     "bits_per_parameter": "8 * uplink bytes per packet / parameters of the base configuration's "
     "adapter, also for candidates whose own adapter is smaller",
@@ -228,8 +231,24 @@ def _cell(matrix: Matrix, candidate: Candidate, seed: int) -> dict[str, Any]:
         ],
         "uplink": _traffic(matrix, candidate.label, cell.records),
         "downlink": {"bytes": cell.records[-1].downlink_bytes_total},
+        **_learned(cell.records),
         "seconds": _seconds(cell.records),
         "lost_replies": sum(len(r.failures) for r in cell.records),
+    }
+
+
+def _learned(records: Sequence[RoundRecord]) -> dict[str, Any]:
+    """What an uplink codec that learns costs beside its packets; nothing for the others."""
+    state = records[-1].codec_bytes_total
+    up, down = (
+        sum(getattr(record, f"tgap_{way}_bytes") for record in records)
+        for way in ("uplink", "downlink")
+    )
+    if not (state or up or down):
+        return {}
+    return {
+        "codec_state": {"bytes": state},
+        "pre_training": {"uplink_bytes": up, "downlink_bytes": down},
     }
 
 

@@ -40,17 +40,21 @@ class ComparisonEntry:
 
 @dataclass(frozen=True)
 class Point:
-    """State after an evaluated round: bytes are cumulative over all clients."""
+    """State after an evaluated round: bytes are cumulative over all clients.
+
+    `codec` is what was sent down of a learned codec's state, which `downlink` does not hold.
+    """
 
     round: int
     nll: float
     uplink: int
     downlink: int
+    codec: int = 0
 
     @property
     def total(self) -> int:
-        """Both directions."""
-        return self.uplink + self.downlink
+        """Both directions, codec state included; pre-training is not."""
+        return self.uplink + self.downlink + self.codec
 
 
 Bytes = Callable[[Point], int]
@@ -62,14 +66,20 @@ def uplink(point: Point) -> int:
 
 
 def total(point: Point) -> int:
-    """Cumulative bytes of both directions."""
+    """Cumulative bytes of both directions, codec state included."""
     return point.total
 
 
 def curve_of(records: Sequence[RoundRecord]) -> list[Point]:
     """Evaluated rounds of a run, in order; the first is round 0, before training."""
     return [
-        Point(r.round, r.heldout_nll, r.uplink_bytes_total, r.downlink_bytes_total)
+        Point(
+            r.round,
+            r.heldout_nll,
+            r.uplink_bytes_total,
+            r.downlink_bytes_total,
+            r.codec_bytes_total,
+        )
         for r in records
         if r.heldout_nll is not None
     ]

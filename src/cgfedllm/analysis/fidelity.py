@@ -8,8 +8,8 @@
 Sums run over everything that was added (elements, clients, rounds) before anything is divided:
 never a sum over a mean, never a mean of decibels. Everything is summed in float64.
 
-What is measured is the change of the factors, not that of their product: the effective change
-(B + dB)(A + dA) - B A depends on where the adapter stood, which a recording does not hold.
+What is measured here is the change of the factors; for that of their product, which depends on
+where the adapter stood, see `product.py`.
 """
 
 from __future__ import annotations

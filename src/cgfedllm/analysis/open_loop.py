@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cgfedllm.adapter import AdapterUpdate, Float32Array
+from cgfedllm.adapter import AdapterUpdate
+from cgfedllm.analysis.coding import Coder, code, previous, swapped, weighted_mean
 from cgfedllm.analysis.fidelity import Fidelity, ModuleFidelity
+from cgfedllm.analysis.fitted import Fitted
 from cgfedllm.analysis.models import factor_components, gaussian_snr_db, spectrum_components
 from cgfedllm.analysis.open_loop_rows import ModelRow, ModuleRow, OpenLoop, OpenLoopRow, Refusal
 from cgfedllm.analysis.samples import UPDATES, Sample, choose, load_samples
-from cgfedllm.analysis.trials import RATES, Coder, Trial, trials
-from cgfedllm.errors import CodecError
+from cgfedllm.analysis.trials import RATES, Trial, trials
+from cgfedllm.errors import CodecError, CodecStateError
 
 if TYPE_CHECKING:
     from cgfedllm.tgap.recording import Recording
@@ -51,6 +52,7 @@ def measure(
     updates: int = UPDATES,
     seed: int = 0,
     memory: bool = False,
+    fitted: Sequence[Fitted] = (),
     tick: Tick = lambda what, done: None,
 ) -> OpenLoop:
     """Measure every candidate at every rate on one recording.
@@ -67,6 +69,9 @@ def measure(
         Common seed of both ends, for codecs that draw numbers.
     memory : bool
         Measure memory too; slows one update of each trial down.
+    fitted : sequence of Fitted
+        Codec files to measure beside the candidates. One that was fitted on an update that is
+        measured here is refused.
     tick : callable
         Told after every update what is tried, and how many updates are done over all trials.
 
@@ -86,11 +91,14 @@ def measure(
     result = OpenLoop(name, tuple(chosen))
     result.models.extend(_model_rows(name, samples))
     result.rows.extend(_reference_rows(name, samples))
-    for number, trial in enumerate(trials(candidates, rates)):
-        options = json.dumps(trial.options)
+    measured = [sample for group in samples.values() for sample in group]
+    for number, trial in enumerate(trials(candidates, rates, fitted)):
+        options = json.dumps(trial.described)
         try:
-            outcome = _run(trial, samples, memory, number * n_updates, tick)
-        except CodecError as error:
+            if trial.fitted is not None:
+                trial.fitted.check_unseen(recording, measured)
+            outcome = _run(trial, samples, seed, memory, number * n_updates, tick)
+        except (CodecError, CodecStateError) as error:
             result.refusals.append(Refusal(name, trial.codec, options, trial.asked_bpp, str(error)))
             continue
         row = outcome.row(name, trial, recording.spec.size)
@@ -131,7 +139,7 @@ class _Outcome:
         return OpenLoopRow(
             recording=recording,
             codec=trial.codec,
-            options=json.dumps(trial.options),
+            options=json.dumps(trial.described),
             asked_bpp=trial.asked_bpp,
             bpp=bpp,
             times_fewer_than_fp32=32 / bpp,
@@ -149,39 +157,39 @@ class _Outcome:
 
 
 def _run(
-    trial: Trial, samples: dict[int, list[Sample]], memory: bool, before: int, tick: Tick
+    trial: Trial,
+    samples: dict[int, list[Sample]],
+    seed: int,
+    memory: bool,
+    before: int,
+    tick: Tick,
 ) -> _Outcome:
-    codec = trial.make()
     first = next(iter(samples.values()))[0]
+    coder = trial.make(first.update.spec, seed)
     outcome = _Outcome(ModuleFidelity(first.update.spec))
     if memory:
-        outcome.peak = _peak_bytes(codec, first)
+        outcome.peak = _peak_bytes(coder, first)
     for group in samples.values():
-        decoded = []
+        coded = []
         for sample in group:
-            start = time.perf_counter()
-            packet = codec.encode(sample.update, sample.context)
-            middle = time.perf_counter()
-            decoded.append(codec.decode(packet, sample.context))
-            end = time.perf_counter()
-            outcome.sizes.append(len(packet))
-            outcome.encode_ms.append(1000 * (middle - start))
-            outcome.decode_ms.append(1000 * (end - middle))
-            outcome.modules.add(sample.update, decoded[-1])
+            coded.append(code(coder, sample))
+            outcome.sizes.append(coded[-1].size)
+            outcome.encode_ms.append(coded[-1].encode_ms)
+            outcome.decode_ms.append(coded[-1].decode_ms)
+            outcome.modules.add(sample.update, coded[-1].decoded)
             tick(trial.label, before + len(outcome.sizes))
-        _compare_group(outcome, group, [update.vector for update in decoded])
+        _compare_group(outcome, group, [one.decoded for one in coded])
     return outcome
 
 
-def _compare_group(outcome: _Outcome, group: list[Sample], decoded: list[Float32Array]) -> None:
+def _compare_group(outcome: _Outcome, group: list[Sample], decoded: list[AdapterUpdate]) -> None:
     """Aggregate and swap test of one round."""
-    true = [sample.update.vector for sample in group]
+    true = [sample.update for sample in group]
     weights = [sample.weight for sample in group]
-    outcome.aggregate.add(_weighted_mean(true, weights), _weighted_mean(decoded, weights))
-    if len(group) > 1:
-        # client i's packet for its neighbour, round the circle
-        for x, y in zip(true[1:] + true[:1], decoded, strict=True):
-            outcome.swapped.add(x, y)
+    means = weighted_mean(true, weights), weighted_mean(decoded, weights)
+    outcome.aggregate.add(*(mean.vector for mean in means))
+    for x, y in swapped(true, decoded):
+        outcome.swapped.add(x.vector, y.vector)
 
 
 def _reference_rows(recording: str, samples: dict[int, list[Sample]]) -> Iterator[OpenLoopRow]:
@@ -193,7 +201,7 @@ def _reference_rows(recording: str, samples: dict[int, list[Sample]]) -> Iterato
     groups = [g for g in samples.values() if g[0].context.previous is not None]
     if not groups:
         return
-    pairs = [(sample.update.vector, _previous(sample)) for group in groups for sample in group]
+    pairs = [(sample.update.vector, previous(sample)) for group in groups for sample in group]
     plain = Fidelity()
     for x, y in pairs:
         plain.add(x, y)
@@ -201,9 +209,12 @@ def _reference_rows(recording: str, samples: dict[int, list[Sample]]) -> Iterato
     for label, scale in ((PREVIOUS, 1.0), (PREVIOUS_SCALED, best)):
         outcome = _Outcome(ModuleFidelity(groups[0][0].update.spec))
         for group in groups:
-            guess = [(np.float32(scale) * _previous(sample)) for sample in group]
-            for sample, vector in zip(group, guess, strict=True):
-                outcome.modules.add(sample.update, AdapterUpdate(sample.update.spec, vector))
+            guess = [
+                AdapterUpdate(sample.update.spec, np.float32(scale) * previous(sample))
+                for sample in group
+            ]
+            for sample, update in zip(group, guess, strict=True):
+                outcome.modules.add(sample.update, update)
             _compare_group(outcome, group, guess)
         clients = outcome.modules.total()
         yield OpenLoopRow(
@@ -239,21 +250,6 @@ def _model_rows(recording: str, samples: dict[int, list[Sample]]) -> Iterator[Mo
     for model, values in curves.items():
         for bpp, snr in zip(_MODEL_RATES, values, strict=True):
             yield ModelRow(recording, model, float(bpp), float(snr))
-
-
-def _previous(sample: Sample) -> Float32Array:
-    assert sample.context.previous is not None
-    return sample.context.previous
-
-
-def _weighted_mean(vectors: Sequence[Float32Array], weights: Sequence[float]) -> Float32Array:
-    """Mean in float64, as float32; equal weights where all are zero."""
-    total = math.fsum(weights)
-    shares = [w / total for w in weights] if total > 0 else [1 / len(vectors)] * len(vectors)
-    mean = np.zeros(vectors[0].shape, np.float64)
-    for share, vector in zip(shares, vectors, strict=True):
-        mean += share * vector.astype(np.float64)
-    return mean.astype(np.float32)
 
 
 def _peak_bytes(codec: Coder, sample: Sample) -> int:

@@ -22,14 +22,15 @@ LEARNING_SHARE = 0.5
 class Sample:
     """One update to be coded, with what both ends know."""
 
+    round: int
     client: str
     weight: float
     update: AdapterUpdate
     context: CodecContext
 
 
-def choose(recording: Recording, limit: int) -> dict[int, list[int]]:
-    """Entries to measure, by round: whole rounds, or nearly, spread evenly over the later part.
+def choose(recording: Recording, limit: int, *, later: bool = True) -> dict[int, list[int]]:
+    """Entries to measure, by round: whole rounds, or nearly, spread evenly.
 
     An aggregate needs its round's clients, so few rounds are taken with all of theirs rather
     than many with one; what exceeds the limit is left out of every round evenly.
@@ -38,20 +39,23 @@ def choose(recording: Recording, limit: int) -> dict[int, list[int]]:
     ----------
     limit : int
         Most updates, from 1.
+    later : bool
+        Take them from the later part only, and leave the earlier to codecs that learn.
 
     Raises
     ------
     RecordingError
-        If there is no later part: the recording has fewer than two rounds.
+        If the recording has fewer than two rounds.
     """
     rounds = recording.rounds()
     if len(rounds) < 2:
         raise RecordingError(
-            f"{recording.path} holds one round only; the bench measures rounds after those that "
-            "codecs may learn from, so it needs two at least: record more"
+            f"{recording.path} holds one round only; what is measured has a round before it, which "
+            "both ends may know or learn from, so it needs two at least: record more"
         )
-    _, later = recording.split_by_round(LEARNING_SHARE)
-    evaluated = set(later.rounds())
+    evaluated = set(rounds)
+    if later:
+        evaluated = set(recording.split_by_round(LEARNING_SHARE)[1].rounds())
     members: dict[int, list[int]] = {}
     for index, entry in enumerate(recording.entries):
         if entry.round in evaluated:
@@ -83,7 +87,7 @@ def load_samples(
         context = CodecContext(recording.spec, number, seed, previous=before)
         entries = [recording.entries[index] for index in indices]
         samples[number] = [
-            Sample(entry.client, entry.weight, recording.update(index), context)
+            Sample(number, entry.client, entry.weight, recording.update(index), context)
             for index, entry in zip(indices, entries, strict=True)
         ]
     return samples

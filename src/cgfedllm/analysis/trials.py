@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from cgfedllm.adapter import AdapterUpdate
+from cgfedllm.adapter import AdapterSpec
 from cgfedllm.analysis.candidates import parse_codec
+from cgfedllm.analysis.coding import CodecCoder, Coder
+from cgfedllm.analysis.fitted import Fitted
 from cgfedllm.analysis.peers import PeerCoder, is_peer, make_peer
-from cgfedllm.codecs import CodecContext, codec_class, make_codec
+from cgfedllm.codecs import codec_class, make_codec
 from cgfedllm.config import Config
 
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Bits per parameter that rate-controlled codecs are asked for."""
-
-
-class Coder(Protocol):
-    """What the bench needs of a codec, and has of a peer too."""
-
-    def encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
-        """As `Codec.encode`."""
-
-    def decode(self, blob: bytes, context: CodecContext) -> AdapterUpdate:
-        """As `Codec.decode`."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +26,43 @@ class Trial:
     codec: str
     options: dict[str, Any]
     asked_bpp: float | None = None
+    fitted: Fitted | None = None
+    """Where its state comes from; without one, a codec that learns has learned nothing."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The options, and by name the state, as tables tell them."""
+        return self.options if self.fitted is None else {**self.options, "state": self.fitted.name}
 
     @property
     def label(self) -> str:
         """For people."""
-        return candidate_label(self.codec, self.options)
+        return candidate_label(self.codec, self.described)
 
-    def make(self) -> Coder:
+    def make(self, spec: AdapterSpec, seed: int = 0) -> Coder:
         """Build the codec, or a peer at the rate.
+
+        Parameters
+        ----------
+        spec : AdapterSpec
+            Of the updates it will code.
+        seed : int
+            Of the state of a codec that has learned nothing.
 
         Raises
         ------
         CodecError
             If the codec does not accept the options or the rate.
+        CodecStateError
+            If the state is not one for this codec and adapter.
         """
         if is_peer(self.codec):
             return PeerCoder(make_peer(self.codec), float(self.options["bpp"]))
-        return make_codec(self.codec, self.options)
+        if self.fitted is not None:
+            self.fitted.file.check(spec, options=self.options)
+            return CodecCoder(self.fitted.file.codec(self.options), self.fitted.file.state)
+        codec = make_codec(self.codec, self.options)
+        return CodecCoder(codec, codec.initial_state(spec, seed))
 
 
 def read_candidate(text: str) -> tuple[str, dict[str, Any]]:
@@ -76,7 +88,9 @@ def candidate_label(codec: str, options: dict[str, Any]) -> str:
 
 
 def trials(
-    candidates: Sequence[tuple[str, dict[str, Any]]], rates: Sequence[float] = RATES
+    candidates: Sequence[tuple[str, dict[str, Any]]],
+    rates: Sequence[float] = RATES,
+    fitted: Sequence[Fitted] = (),
 ) -> list[Trial]:
     """Every candidate at every rate: a codec that has an option ``bpp``, or a peer, at each.
 
@@ -86,6 +100,8 @@ def trials(
         One that gives ``bpp`` itself is run at that rate only.
     rates : sequence of float
         Bits per parameter.
+    fitted : sequence of Fitted
+        Codec files; each at the options it was fitted with.
 
     Raises
     ------
@@ -100,4 +116,4 @@ def trials(
             result.append(Trial(name, options, float(options["bpp"])))
         else:
             result += [Trial(name, {**options, "bpp": rate}, rate) for rate in rates]
-    return result
+    return result + [Trial(one.file.name, {}, fitted=one) for one in fitted]

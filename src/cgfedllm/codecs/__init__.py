@@ -11,6 +11,7 @@ from cgfedllm.codecs.base import (
     register,
 )
 from cgfedllm.codecs.bf16 import Bf16
+from cgfedllm.codecs.cg import CgCnn, CgResnet, CgUnet
 from cgfedllm.codecs.dct import Dct
 from cgfedllm.codecs.ecsq import Ecsq
 from cgfedllm.codecs.eden import Eden
@@ -27,6 +28,9 @@ from cgfedllm.codecs.zstd import Zstd
 
 __all__ = [
     "Bf16",
+    "CgCnn",
+    "CgResnet",
+    "CgUnet",
     "Codec",
     "CodecContext",
     "CodecOptions",

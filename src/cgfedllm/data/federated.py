@@ -2,13 +2,13 @@
 
 ::
 
-    sources --> blank rows out --> partition --> splits --> ClientData x N + held-out
+    sources --> blank rows out --> partition --> splits --> D1 or D2 --> ClientData x N + held-out
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cgfedllm.config import DEMO_DATA, DataConfig
@@ -16,7 +16,7 @@ from cgfedllm.data.formats import parse_row
 from cgfedllm.data.partition import partition_rows
 from cgfedllm.data.rows import Row, SourceFile
 from cgfedllm.data.sources import load_sources
-from cgfedllm.data.splits import content_key, draw_order, split_rows
+from cgfedllm.data.splits import Parts, content_key, divide_training, draw_order, split_rows
 from cgfedllm.errors import DataError
 
 
@@ -87,7 +87,8 @@ def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
     ------
     DataError
         If the source cannot be read, rows do not have the columns of the format, the partition
-        cannot be made, or a client is left without a training row.
+        cannot be made, or a client is left without a training row (of D1 or D2, if one of them is
+        asked for).
     """
     if config.heldout_source == DEMO_DATA:
         raise DataError("data.heldout_source cannot be the demo; leave it out")
@@ -114,6 +115,9 @@ def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
             f"{len(partition.clients[empty[0]])}: the others are kept for evaluation somewhere or "
             "are copies of such rows; give it more distinct rows or lower data.splits"
         )
+    parted = split.clients
+    if config.part != "all":
+        parted = _part_of_training(parted, keys, config, seed, notes)
     clients = tuple(
         ClientData(
             name,
@@ -121,11 +125,42 @@ def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
             validation=[rows[number] for number in parts.validation],
             test=[rows[number] for number in parts.test],
         )
-        for name, parts in split.clients.items()
+        for name, parts in parted.items()
     )
     if heldout is None:
         heldout = [rows[number] for number in split.heldout]
     return FederatedData(clients, heldout, tuple(notes))
+
+
+def _part_of_training(
+    clients: Mapping[str, Parts],
+    keys: Sequence[bytes],
+    config: DataConfig,
+    seed: int,
+    notes: list[str],
+) -> dict[str, Parts]:
+    """The clients with only the training rows that `config.part` names; all else as it was."""
+    divided = divide_training(
+        {name: parts.train for name, parts in clients.items()}, keys, config.d1_share, seed
+    )
+    for name, (d1, d2) in divided.items():
+        if not d1 or not d2:
+            raise DataError(
+                f"client {name!r} has no row for {'d2' if d1 else 'd1'}: its "
+                f"{len(clients[name].train)} training rows are too few distinct ones, or other "
+                "clients hold copies of them in d1. Give it more rows, leave it out "
+                "(data.partition.min_rows, data.partition.clients), or set data.part = 'all'"
+            )
+    chosen = {
+        name: replace(clients[name], train=d1 if config.part == "d1" else d2)
+        for name, (d1, d2) in divided.items()
+    }
+    used = sum(len(parts.train) for parts in chosen.values())
+    notes.append(
+        f"{used} of {sum(len(parts.train) for parts in clients.values())} training rows used: "
+        f"data.part = {config.part}, data.d1_share = {config.d1_share:g}"
+    )
+    return chosen
 
 
 def _usable(

@@ -9,6 +9,9 @@ Rows count as the same if they say the same up to white space. A row that is in 
 anywhere is in no weaker part of any client (held-out over test over validation over training):
 its further copies are dropped and counted. Since the order is drawn from the content, copies at
 several clients tend to fall on the same side anyway.
+
+The training rows may be divided once more, in the same order, for codecs that are pre-trained:
+[ D1 | D2 ]. Then a row that is in D1 anywhere is in D1 wherever it is.
 """
 
 from __future__ import annotations
@@ -131,6 +134,44 @@ def split_rows(
         len(parts.train) + len(parts.validation) + len(parts.test) for parts in result.values()
     )
     return Split(result, heldout, copies=total - dropped - used, reserved=dropped)
+
+
+def divide_training(
+    clients: Mapping[str, Sequence[int]], keys: Sequence[bytes], share: float, seed: int
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Divide each client's training rows into D1 and D2, in the order `split_rows` draws.
+
+    A client with two or more distinct rows draws at least one for D1 and leaves at least one for
+    D2. Whatever one client draws for D1 is D1 for all: its copies elsewhere change sides.
+
+    Parameters
+    ----------
+    clients : mapping of str to sequence of int
+        Numbers of each client's training rows.
+    keys : sequence of bytes
+        Content key of every row, by row number.
+    share : float
+        Of a client's distinct rows, that it draws for D1.
+    seed : int
+        Seed of the splits.
+
+    Returns
+    -------
+    dict of str to (list of int, list of int)
+        D1 and D2 of each client, each in the order given; either may be empty.
+    """
+    first: set[bytes] = set()
+    for numbers in clients.values():
+        distinct = list(dict.fromkeys(keys[number] for number in numbers))
+        count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+        first |= {distinct[position] for position in draw_order(distinct, seed)[: max(0, count)]}
+    return {
+        name: (
+            [number for number in numbers if keys[number] in first],
+            [number for number in numbers if keys[number] not in first],
+        )
+        for name, numbers in clients.items()
+    }
 
 
 @dataclass

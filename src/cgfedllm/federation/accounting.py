@@ -29,7 +29,7 @@ class Stopwatch:
             self.seconds += time.perf_counter() - began
 
 
-def client_record(received: Received, downlink_bytes: int) -> ClientRecord:
+def client_record(received: Received, tally: RoundTally) -> ClientRecord:
     """One client's row, from what it reported and what was counted."""
     metrics = received.metrics
     return ClientRecord(
@@ -40,7 +40,8 @@ def client_record(received: Received, downlink_bytes: int) -> ClientRecord:
         train_loss=metrics.get("train-loss", 0.0),
         update_norm=metrics.get("update-norm", 0.0),
         uplink_bytes=received.packet_bytes,
-        downlink_bytes=downlink_bytes,
+        downlink_bytes=tally.downlink_bytes.get(received.client, 0),
+        codec_bytes=tally.codec_bytes.get(received.client, 0),
         train_seconds=metrics.get("train-seconds", 0.0),
         encode_seconds=metrics.get("encode-seconds", 0.0),
         decode_seconds=received.decode_seconds + metrics.get("decode-seconds", 0.0),
@@ -53,20 +54,22 @@ def time_split(
     """Where the round's time went.
 
     Client seconds are summed over clients; `transfer` is waiting that no client accounts for
-    (copying, transport, idle), `aggregate` what the server did beyond decoding.
+    (copying, transport, idle), `aggregate` what the server did beyond decoding, adapting the codec
+    included.
     """
     train = sum(client.train_seconds for client in record.clients)
     encode = sum(client.encode_seconds for client in record.clients)
     decode = sum(client.decode_seconds for client in record.clients)
     server_decode = sum(received.decode_seconds for received in tally.received)
     waiting = seconds.get("waiting", 0.0)
+    exchange = seconds.get("exchange", 0.0) - waiting - server_decode
     on_clients = train + encode + decode - server_decode
     return {
         "train": train,
         "encode": encode,
         "transfer": max(0.0, waiting - on_clients),
         "decode": decode,
-        "aggregate": max(0.0, seconds.get("exchange", 0.0) - waiting - server_decode),
+        "aggregate": max(0.0, exchange) + seconds.get("adapt", 0.0),
         "evaluate": seconds.get("evaluate", 0.0),
         "checkpoint": 0.0,
         "total": total,

@@ -1,8 +1,9 @@
 """The server's memory between rounds, one file a round, written whole or not at all.
 
-A checkpoint holds the global adapter, what clients hold of it, the server optimiser, and the
-record of the round. Everything random is derived from the seed and the round, so no generator
-state is needed. Clients keep their own memory (`client_state.py`).
+A checkpoint holds the global adapter, what clients hold of it, the server optimiser, the state of a
+learned codec with what clients hold of that, and the record of the round. Everything random is
+derived from the seed and the round, so no generator state is needed. Clients keep their own memory
+(`client_state.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import CodecState
 from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError
+from cgfedllm.federation.codec_state import CodecSnapshot
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.storage import load_tensors, save_tensors
 
 FORMAT = "1"
 _KEEP = 2
-_STRATEGY = "strategy/"
+_STRATEGY, _CODEC = "strategy/", "codec/"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Checkpoint:
         What was written down about the round.
     previous : AdapterUpdate or None
         The last change of the reference, where a codec uses it.
+    codec : CodecSnapshot or None
+        Where the uplink codec learns.
     """
 
     round: int
@@ -59,6 +64,7 @@ class Checkpoint:
     strategy: dict[str, NDArray[Any]]
     record: RoundRecord
     previous: AdapterUpdate | None = None
+    codec: CodecSnapshot | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: Config) -> Path:
@@ -78,6 +84,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: Config) -> Pat
         tensors["increment"] = np.frombuffer(checkpoint.increment, np.uint8)
     if checkpoint.previous is not None:
         tensors["previous"] = checkpoint.previous.vector
+    codec = checkpoint.codec
+    if codec is not None:
+        tensors |= {f"{_CODEC}{name}": values for name, values in codec.state.tensors.items()}
+        if codec.increment is not None:
+            tensors["codec-increment"] = np.frombuffer(codec.increment, np.uint8)
     metadata = {
         "format": FORMAT,
         "round": str(checkpoint.round),
@@ -86,6 +97,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: Config) -> Pat
         "held": json.dumps(checkpoint.held),
         "record": json.dumps(checkpoint.record.to_dict()),
     }
+    if codec is not None:
+        about = {"version": codec.state.version, "held": dict(codec.held)}
+        metadata["codec"] = json.dumps(about)
     path = folder / f"round-{checkpoint.round:06d}.safetensors"
     save_tensors(path, tensors, metadata)
     for old in sorted(folder.glob("round-*.safetensors"))[:-_KEEP]:
@@ -124,13 +138,10 @@ def load_checkpoint(path: Path, spec: AdapterSpec, config: Config) -> Checkpoint
             reference=AdapterUpdate(spec, tensors["reference"]),
             held={str(k): int(v) for k, v in json.loads(metadata["held"]).items()},
             increment=tensors["increment"].tobytes() if "increment" in tensors else None,
-            strategy={
-                name.removeprefix(_STRATEGY): np.asarray(values)
-                for name, values in tensors.items()
-                if name.startswith(_STRATEGY)
-            },
+            strategy=_below(_STRATEGY, tensors),
             record=RoundRecord.from_dict(json.loads(metadata["record"])),
             previous=AdapterUpdate(spec, tensors["previous"]) if "previous" in tensors else None,
+            codec=_codec(tensors, json.loads(metadata["codec"])) if "codec" in metadata else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is incomplete: {error!r}; use an earlier one") from error
@@ -158,6 +169,23 @@ def latest_checkpoint(folder: Path, spec: AdapterSpec, config: Config) -> Checkp
 
 
 def config_fingerprint(config: Config) -> str:
-    """Hash of every setting that bears on results; name, folder and trackers do not."""
-    tree = config.model_dump(exclude={"name", "output", "tracking"})
+    """Hash of every setting that bears on results; name, folder, trackers and TGAP do not."""
+    tree = config.model_dump(exclude={"name", "output", "tracking", "tgap"})
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _codec(tensors: dict[str, NDArray[Any]], about: dict[str, Any]) -> CodecSnapshot:
+    increment = tensors.get("codec-increment")
+    return CodecSnapshot(
+        state=CodecState.of(_below(_CODEC, tensors), int(about["version"])),
+        held={str(client): int(version) for client, version in about["held"].items()},
+        increment=None if increment is None else increment.tobytes(),
+    )
+
+
+def _below(prefix: str, tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {
+        name.removeprefix(prefix): values
+        for name, values in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -3,7 +3,8 @@
 ::
 
     message --[compression mod]-- adapter --> train  --> adapter, metrics --[mod]-- packet --> reply
-                decode broadcast                            subtract, add residual, encode
+                decode broadcast,                           subtract, add residual, encode
+                codec state
 
 In the flush after the last round the mod answers alone: residual in, packet out, no training.
 """
@@ -21,16 +22,28 @@ from flwr.clientapp import ClientApp
 
 from cgfedllm import __version__, events
 from cgfedllm.adapter import AdapterUpdate
-from cgfedllm.codecs import CodecContext, make_codec
+from cgfedllm.codecs import CodecContext, CodecState, codec_class, make_codec
 from cgfedllm.codecs.feedback import encode_with_feedback
+from cgfedllm.config import learns
 from cgfedllm.data import ClientData
-from cgfedllm.errors import DataError, PacketError, ReferenceMissingError
+from cgfedllm.errors import (
+    CodecStateError,
+    CodecStateMissingError,
+    DataError,
+    PacketError,
+    ReferenceMissingError,
+)
 from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.federation.client_state import ClientState
+from cgfedllm.federation.codec_state import CodecBroadcast, StatefulCodec, receive_state
 from cgfedllm.federation.downlink import Broadcast, fingerprint, receive
 from cgfedllm.federation.messages import (
     ARRAYS,
     CHECK,
+    CODEC_HASH,
+    CODEC_KIND,
+    CODEC_MISSING,
+    CODEC_VERSION,
     CONFIG,
     FLUSH,
     KIND,
@@ -44,10 +57,12 @@ from cgfedllm.federation.messages import (
     VERSION,
     adapter_of,
     adapter_record,
+    codec_state_of,
     packet_limit,
     packet_of,
     packet_record,
 )
+from cgfedllm.privacy.mechanism import protect_update, withhold
 from cgfedllm.training.optim import OptimizerState
 from cgfedllm.workspace import Workspace, workspace_for
 
@@ -86,7 +101,8 @@ def open_session(context: Context) -> ClientSession:
     data = workspace.client(int(partition))
     folder = context.node_config.get("state-dir")
     root = Path(str(folder)) if folder else workspace.run_dir / "clients"
-    changes = workspace.uplink.uses_previous or workspace.downlink.uses_previous
+    uplink = codec_class(workspace.config.uplink.name)
+    changes = uplink.uses_previous or workspace.downlink.uses_previous
     state = ClientState(root / data.name, workspace.spec, changes=changes)
     return ClientSession(workspace, data, state)
 
@@ -96,25 +112,34 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
 
     What clipping or noising mods inside it do is coded like any other change.
     """
-    if message.metadata.message_type.split(".")[0] not in ("train", "evaluate"):
+    action = message.metadata.message_type.split(".")[0]
+    if action not in ("train", "evaluate"):
         return call_next(message, context)
     session = open_session(context)
     if message.content.config_records.get(CONFIG, ConfigRecord()).get(FLUSH):
         return Message(_flush(session, message.content), reply_to=message)
     began = time.perf_counter()
+    lacking: list[str] = []
+    codec: StatefulCodec | None = None
     try:
         adapter = _receive(session, message.content)
     except ReferenceMissingError:
-        status = RecordDict({CONFIG: ConfigRecord({STATUS: REFERENCE_MISSING})})
+        lacking.append(REFERENCE_MISSING)
+    try:
+        codec = _receive_codec(session, message.content) if action == "train" else None
+    except CodecStateMissingError:
+        lacking.append(CODEC_MISSING)
+    if lacking:
+        status = RecordDict({CONFIG: ConfigRecord({STATUS: lacking})})
         return Message(status, reply_to=message)
     decode_seconds = time.perf_counter() - began
     config = message.content.config_records[CONFIG]
     message.content = RecordDict({ARRAYS: adapter_record(adapter), CONFIG: config})
     reply = call_next(message, context)
-    if ARRAYS in reply.content.array_records:
+    if codec is not None and ARRAYS in reply.content.array_records:
         moments = context.state.array_records.pop(_MOMENTS, None)
         optimizer = None if moments is None else _arrays(moments)
-        _send(session, reply.content, adapter, config, decode_seconds, optimizer)
+        _send(session, reply.content, codec, adapter, config, decode_seconds, optimizer)
     return reply
 
 
@@ -226,6 +251,37 @@ def _receive(session: ClientSession, content: RecordDict) -> AdapterUpdate:
     return adapter
 
 
+def _receive_codec(session: ClientSession, content: RecordDict) -> StatefulCodec:
+    """The uplink codec with the state that the server decodes with."""
+    workspace, name = session.workspace, session.workspace.config.uplink.name
+    if not learns(name):
+        return StatefulCodec(workspace.uplink, CodecState())
+    config = content.config_records[CONFIG]
+    if not {CODEC_KIND, CODEC_VERSION, CODEC_HASH} <= set(config):
+        raise CodecStateError(
+            f"the message says nothing of the state of codec {name!r}; is the server another app?"
+        )
+    kind, version = str(config[CODEC_KIND]), int(config[CODEC_VERSION])  # type: ignore[arg-type]
+    if kind not in ("full", "increment", "hold"):
+        raise CodecStateError(f"codec state of a kind {kind!r} that is not known here")
+    blob = b"" if kind == "hold" else codec_state_of(content)
+    base_version = {"full": None, "increment": version - 1, "hold": version}[kind]
+    base = None if base_version is None else _held_codec(session, base_version)
+    broadcast = CodecBroadcast(kind, version, config[CODEC_HASH], blob)  # type: ignore[arg-type]
+    received = receive_state(broadcast, name, workspace.spec, base)
+    if kind != "hold" and not workspace.config.federation.stateless:
+        session.state.save_codec(received)
+    return received
+
+
+def _held_codec(session: ClientSession, version: int) -> StatefulCodec | None:
+    """The codec with a version of its state that this client received, or can derive."""
+    held, workspace = session.state.codec(version), session.workspace
+    if held is None and version == 0 and workspace.config.uplink.state is None:
+        return StatefulCodec(workspace.uplink, workspace.codec_state)
+    return held
+
+
 def _previous(session: ClientSession, config: ConfigRecord) -> AdapterUpdate | None:
     """What the update may be coded against: the server's, if this client holds the very same."""
     if PREVIOUS not in config:
@@ -245,7 +301,7 @@ def _flush(session: ClientSession, content: RecordDict) -> RecordDict:
     round_ = _round(content.config_records[CONFIG])
     residual = session.state.residual(round_)
     if residual is None:
-        return RecordDict({CONFIG: ConfigRecord({STATUS: NO_RESIDUAL})})
+        return RecordDict({CONFIG: ConfigRecord({STATUS: [NO_RESIDUAL]})})
     began = time.perf_counter()
     # as it would have been added to the next update
     unsent = residual.scaled(uplink.error_feedback_decay)
@@ -265,6 +321,7 @@ def _flush(session: ClientSession, content: RecordDict) -> RecordDict:
 def _send(
     session: ClientSession,
     content: RecordDict,
+    codec: StatefulCodec,
     start: AdapterUpdate,
     config: ConfigRecord,
     decode_seconds: float,
@@ -277,11 +334,13 @@ def _send(
     began = time.perf_counter()
     feedback = workspace.config.keeps_residual
     update, previous = trained - start, _previous(session, config)
+    privacy = workspace.privacy
+    update = protect_update(update, privacy, session.state.folder, client=name, round=round_)
     known = None if previous is None else previous.vector
     encoded = encode_with_feedback(
-        workspace.uplink,
+        codec.codec,
         update,
-        CodecContext(spec, round_, workspace.config.seed, previous=known),
+        CodecContext(spec, round_, workspace.config.seed, codec.state, known),
         residual=session.state.residual(round_) if feedback else None,
         decay=uplink.error_feedback_decay,
         enabled=feedback,
@@ -302,6 +361,7 @@ def _send(
             len(encoded.packet),
         )
     )
+    withhold(metrics, privacy)
 
 
 def _arrays(record: ArrayRecord) -> OptimizerState:

@@ -4,6 +4,7 @@
 
     <folder>/reference-<version>.safetensors   global adapter as last received
     <folder>/memory-<round>.safetensors        error-feedback residual, optimiser moments
+    <folder>/codec-<version>.safetensors       state of a learned codec as last received
 
 Files are kept by version and by round, the last three of each. A server that is killed goes on
 from one of its last two checkpoints and repeats the rounds after it; the client then finds the
@@ -13,12 +14,17 @@ of the global adapter, one more reference is kept, for what the oldest of the th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
-from cgfedllm.errors import CheckpointError
+from cgfedllm.codecs import CodecState
+from cgfedllm.errors import CheckpointError, CodecError, CodecStateError
+from cgfedllm.federation.codec_state import StatefulCodec, codec_with, options_text
 from cgfedllm.storage import load_tensors, save_tensors
 
 # one more than the server's checkpoints: a round may have begun after the newest of those
@@ -43,7 +49,12 @@ class ClientState:
     def __init__(self, folder: Path, spec: AdapterSpec, *, changes: bool = False) -> None:
         self._folder = folder
         self._spec = spec
-        self._keep = {"reference": _KEEP + changes, "memory": _KEEP}
+        self._keep = {"reference": _KEEP + changes, "memory": _KEEP, "codec": _KEEP}
+
+    @property
+    def folder(self) -> Path:
+        """Where it all lies."""
+        return self._folder
 
     def reference(self, version: int) -> AdapterUpdate | None:
         """The global adapter of that version, if it was received and is intact.
@@ -75,6 +86,31 @@ class ClientState:
         """
         now, before = self.reference(version), self.reference(version - 1)
         return None if now is None or before is None else now - before
+
+    def codec(self, version: int) -> StatefulCodec | None:
+        """The codec with that version of its state, if it was received and is intact.
+
+        Raises
+        ------
+        CheckpointError
+            If it belongs to another adapter.
+        """
+        path = self._path("codec", version)
+        try:
+            tensors, metadata = load_tensors(path)
+        except CheckpointError:  # missing or damaged; the server sends it again
+            return None
+        self._check(path, metadata)
+        try:
+            codec = codec_with(metadata.get("codec", ""), metadata.get("options", ""))
+        except (CodecError, CodecStateError):  # of an earlier run
+            return None
+        return StatefulCodec(codec, CodecState.of(tensors, version))
+
+    def save_codec(self, received: StatefulCodec) -> None:
+        """Keep a received codec state."""
+        about = {"codec": received.codec.name, "options": options_text(received.codec)}
+        self._write("codec", received.state.version, received.state.tensors, about)
 
     def residual(self, before_round: int) -> AdapterUpdate | None:
         """The residual left by the last round this client took part in before `before_round`.
@@ -140,8 +176,15 @@ class ClientState:
                 "give the run another name or state folder"
             )
 
-    def _write(self, kind: str, number: int, tensors: dict[str, Float32Array]) -> None:
-        save_tensors(self._path(kind, number), tensors, {"spec": self._spec.hash.hex()})
+    def _write(
+        self,
+        kind: str,
+        number: int,
+        tensors: Mapping[str, NDArray[Any]],
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        metadata = {"spec": self._spec.hash.hex(), **(about or {})}
+        save_tensors(self._path(kind, number), tensors, metadata)
         # what is newer comes from a time the run has gone back before; it will not come again
         files = self._files(kind)
         current = [path for found, path in files if found <= number]

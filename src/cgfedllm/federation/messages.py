@@ -1,12 +1,12 @@
-"""How adapters and packets sit in Flower messages: one array a message, always."""
+"""How adapters, packets and codec states sit in Flower messages: each is one array."""
 
 from __future__ import annotations
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.errors import AdapterError, PacketError
+from cgfedllm.errors import AdapterError, CodecStateError, PacketError
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -25,13 +25,18 @@ KIND, VERSION, CHECK = "broadcast-kind", "broadcast-version", "broadcast-check"
 PREVIOUS = "previous"
 # the client is to send its residual and not to train
 FLUSH = "flush"
-STATUS, REFERENCE_MISSING, NO_RESIDUAL = "status", "reference-missing", "no-residual"
+# the state of a learned uplink codec, beside the adapter, in training messages only
+CODEC, CODEC_STATE, CODEC_STATE_STYPE = "codec", "state", "cgfedllm.codec-state"
+CODEC_KIND, CODEC_VERSION, CODEC_HASH = "codec-kind", "codec-version", "codec-hash"
+# what a client says instead of an answer, one or several of these
+STATUS = "status"
+REFERENCE_MISSING, CODEC_MISSING = "reference-missing", "codec-missing"
+NO_RESIDUAL = "no-residual"
 
 
 def packet_record(blob: bytes) -> ArrayRecord:
     """An ArrayRecord that carries one packet and nothing else."""
-    array = Array(dtype="uint8", shape=(len(blob),), stype=PACKET_STYPE, data=blob)
-    return ArrayRecord({PACKET: array})
+    return _record(PACKET, PACKET_STYPE, blob)
 
 
 def packet_of(content: RecordDict, *, limit: int) -> bytes:
@@ -47,13 +52,47 @@ def packet_of(content: RecordDict, *, limit: int) -> bytes:
     PacketError
         If there is no packet, it is more than one array, or it is longer than `limit`.
     """
-    record = content.array_records.get(ARRAYS)
-    if record is None or set(record) != {PACKET} or record[PACKET].stype != PACKET_STYPE:
+    blob = _blob(content.array_records.get(ARRAYS), PACKET, PACKET_STYPE)
+    if blob is None:
         raise PacketError("the message does not carry one packet; is it from another app?")
-    blob = record[PACKET].data
     if len(blob) > limit:
         raise PacketError(f"packet of {len(blob)} bytes; more than {limit} cannot be right here")
     return blob
+
+
+def codec_state_record(blob: bytes) -> ArrayRecord:
+    """An ArrayRecord that carries one packed codec state and nothing else."""
+    return _record(CODEC_STATE, CODEC_STATE_STYPE, blob)
+
+
+def codec_state_of(content: RecordDict) -> bytes:
+    """The packed codec state in a message; whoever opens it bounds its length.
+
+    Raises
+    ------
+    CodecStateError
+        If there is none, or it is more than one array.
+    """
+    blob = _blob(content.array_records.get(CODEC), CODEC_STATE, CODEC_STATE_STYPE)
+    if blob is None:
+        raise CodecStateError("the message does not carry the codec state that it announces")
+    return blob
+
+
+def status_of(content: RecordDict) -> set[str]:
+    """What a client says instead of an answer; empty if it answers."""
+    said = content.config_records.get(CONFIG, ConfigRecord()).get(STATUS)
+    return {str(word) for word in said} if isinstance(said, list) else set()
+
+
+def _record(name: str, stype: str, blob: bytes) -> ArrayRecord:
+    return ArrayRecord({name: Array(dtype="uint8", shape=(len(blob),), stype=stype, data=blob)})
+
+
+def _blob(record: ArrayRecord | None, name: str, stype: str) -> bytes | None:
+    if record is None or set(record) != {name} or record[name].stype != stype:
+        return None
+    return record[name].data
 
 
 def numbers_of(content: RecordDict) -> dict[str, float]:

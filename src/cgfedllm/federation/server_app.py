@@ -11,28 +11,33 @@ from flwr.serverapp import Grid, ServerApp
 
 from cgfedllm import events
 from cgfedllm.codecs import Codec, make_codec
+from cgfedllm.codecs.learned import LearnedCodec
 from cgfedllm.config import FederationConfig
-from cgfedllm.errors import CgFedLlmError, FederationError
+from cgfedllm.errors import CgFedLlmError, CheckpointError, CodecStateError, FederationError
 from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.federation.accounting import Stopwatch, client_record, time_split
 from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from cgfedllm.federation.codec_card import card_after_run
+from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
 from cgfedllm.federation.directory import POLL_SECONDS, Directory, NamedGrid, receive
 from cgfedllm.federation.downlink import Broadcaster
 from cgfedllm.federation.flush import FlushStrategy, flush_config
 from cgfedllm.federation.messages import (
-    CONFIG,
+    CODEC_MISSING,
     NO_RESIDUAL,
     REFERENCE_MISSING,
-    STATUS,
     adapter_of,
     adapter_record,
     numbers_of,
+    status_of,
 )
 from cgfedllm.federation.strategies import make_strategy, restore_strategy, strategy_state
 from cgfedllm.federation.strategy import CompressedStrategy, RoundTally
 from cgfedllm.interrupt import check_interrupt
 from cgfedllm.metrics import FailureRecord, RoundRecord
 from cgfedllm.peft_format import save_adapter
+from cgfedllm.privacy.ledger import Ledger
+from cgfedllm.privacy.plan import PrivacyPlan
 from cgfedllm.runs import RunFolder
 from cgfedllm.workspace import Workspace, workspace_for
 
@@ -66,7 +71,8 @@ class Server:
             keep_previous=workspace.uplink.uses_previous,
             stateless=federation.stateless,
         )
-        self._strategy = self._coded(CompressedStrategy, federation, workspace.uplink)
+        self._codec = _codec_broadcaster(workspace)
+        self._strategy = self._coded(CompressedStrategy, federation, workspace.uplink, self._codec)
         self._adapter = workspace.start
         self._record = RoundRecord(round=0)
 
@@ -94,28 +100,54 @@ class Server:
             )
         )
         events.publish(events.Notice(self._directory.rows()))
+        if self._workspace.privacy is not None:
+            self._tell_privacy(self._workspace.privacy)
         if done < 0:
-            self._finish_round(RoundRecord(round=0), RoundTally(), time.perf_counter(), {})
+            self._finish_round(self._start(), RoundTally(), time.perf_counter(), {})
         for round_ in range(max(done, 0) + 1, self._config.federation.rounds + 1):
             self._round(round_)
         if done < self._config.last_round and self._config.uplink.flush:
             self._flush()
+        self._save_codec()
         self._save_adapter()
 
+    def _start(self) -> RoundRecord:
+        """Record of the state before any training, with what it took to get this far."""
+        file = self._workspace.codec_file
+        cost = {} if file is None else file.card.get("cost", {})
+        return RoundRecord(
+            round=0,
+            tgap_uplink_bytes=int(cost.get("uplink_bytes", 0)),
+            tgap_downlink_bytes=int(cost.get("downlink_bytes", 0)),
+        )
+
     def _coded(
-        self, kind: type[CompressedStrategy], federation: FederationConfig, uplink: Codec
+        self,
+        kind: type[CompressedStrategy],
+        federation: FederationConfig,
+        uplink: Codec,
+        codec_states: CodecBroadcaster | None = None,
     ) -> CompressedStrategy:
         spec = self._workspace.spec
         return kind(
-            make_strategy(federation, spec),
+            make_strategy(federation, spec, self._private()),
             spec=spec,
             uplink=uplink,
             broadcaster=self._broadcaster,
+            codec_states=codec_states,
             seed=self._config.seed,
             weighting=federation.weighting,
+            summed=federation.aggregation == "sum",
             min_replies=federation.min_clients,
             client_name=self._directory.name,
         )
+
+    def _private(self) -> tuple[PrivacyPlan, Ledger] | None:
+        """What the server needs to add noise, if it is the server that does."""
+        plan = self._workspace.privacy
+        if plan is None or plan.mechanism != "central":
+            return None
+        return plan, plan.ledger(self._folder.path, "server")
 
     def _restore(self) -> int:
         """Go on from the last checkpoint; returns the rounds done, -1 for a fresh run."""
@@ -136,6 +168,14 @@ class Server:
             checkpoint.previous,
         )
         restore_strategy(self._strategy.inner, checkpoint.strategy)
+        if self._codec is not None and checkpoint.codec is not None:
+            try:
+                self._codec.restore(checkpoint.codec)
+            except CodecStateError as error:
+                raise CheckpointError(
+                    f"{self._folder.path} cannot go on with {self._config.uplink.state}: {error}; "
+                    "put the codec file back that the run began with"
+                ) from None
         # the checkpoint is written before the line; a kill in between leaves the line to us
         self._folder.truncate_after(checkpoint.round - 1)
         self._folder.append(checkpoint.record)
@@ -172,6 +212,7 @@ class Server:
         for attempt in range(1, federation.round_retries + 2):
             self._directory.refresh()
             self._strategy.attempt = attempt
+            self._strategy.sample = self._sample(round_)
             tally = self._strategy.tally = tally.next_attempt()
             seconds: dict[str, float] = {}
             arrays = self._train(round_, seconds)
@@ -203,6 +244,7 @@ class Server:
         # adding back a difference is not exact; with a rate of one the proposal is taken as it is
         self._adapter = proposed if federation.server_lr == 1.0 else self._adapter + change
         self._broadcaster.advance(self._adapter, round_)
+        self._adapt_codec(round_, seconds)
         record = RoundRecord(
             round=round_,
             flush=round_ > federation.rounds,
@@ -211,6 +253,26 @@ class Server:
             product_gap=tally.product_gap,
         )
         self._finish_round(record, tally, began, seconds)
+
+    def _sample(self, round_: int) -> UpdateSample | None:
+        """What keeps decoded updates of a round, if the codec adapts to them."""
+        every = self._config.uplink.adapt_every
+        trains = round_ <= self._config.federation.rounds
+        if self._codec is None or not every or round_ % every or not trains:
+            return None
+        return UpdateSample(self._config.seed, round_)
+
+    def _adapt_codec(self, round_: int, seconds: dict[str, float]) -> None:
+        sample = self._strategy.sample
+        if self._codec is None or sample is None:
+            return
+        began = time.perf_counter()
+        try:
+            self._codec.adapt(sample.updates(), round=round_, seed=self._config.seed)
+        except CodecStateError as error:
+            text = f"round {round_}: the uplink codec stays as it is, it cannot adapt: {error}"
+            events.publish(events.Notice(text, "warning"))
+        seconds["adapt"] = time.perf_counter() - began
 
     def _train(self, round_: int, seconds: dict[str, float]) -> ArrayRecord | None:
         """Broadcast, collect and aggregate once."""
@@ -228,16 +290,17 @@ class Server:
         return arrays
 
     def _replies(self, messages: list[Message]) -> Iterator[Message]:
-        """Replies as they come; a client that lost its reference is sent it whole, once."""
+        """Replies as they come; a client that lost what it held is sent it whole, once."""
         by_node = {message.metadata.dst_node_id: message for message in messages}
         again: list[Message] = []
         for reply in receive(self._grid, messages, self._timeout):
             node = reply.metadata.src_node_id
-            if _status(reply) == REFERENCE_MISSING:
-                again.append(self._strategy.resend(by_node[node]))
+            status = status_of(reply.content) if reply.has_content() else set()
+            if status & {REFERENCE_MISSING, CODEC_MISSING}:
+                again.append(self._strategy.resend(by_node[node], status))
                 continue
             by_node.pop(node, None)
-            if _status(reply) != NO_RESIDUAL:  # having nothing to flush is no failure
+            if NO_RESIDUAL not in status:  # having nothing to flush is no failure
                 yield reply
         for reply in receive(self._grid, again, self._timeout):
             by_node.pop(reply.metadata.src_node_id, None)
@@ -245,6 +308,15 @@ class Server:
         for node in by_node:
             reason = f"no reply within {self._timeout:g} s"
             self._strategy.tally.failures.append((self._directory.name(node), reason))
+
+    def _tell_privacy(self, plan: PrivacyPlan) -> None:
+        events.publish(events.Notice(plan.describe(self._workspace.spec.size)))
+        if plan.mechanism == "local" and self._config.evaluation.clients:
+            text = (
+                "clients send the loss on their validation rows without noise, which the privacy "
+                "budget does not cover; set evaluation.clients = false"
+            )
+            events.publish(events.Notice(text, "warning"))
 
     def _finish_round(
         self, record: RoundRecord, tally: RoundTally, began: float, seconds: dict[str, float]
@@ -259,6 +331,8 @@ class Server:
             text = f"round {record.round}: {failure.client} is left out: {failure.reason}"
             events.publish(events.Notice(text, "warning"))
         self._count(record, tally)
+        if self._workspace.privacy is not None:
+            record.epsilon = self._workspace.privacy.spent(record.round)
         record.seconds = time_split(record, tally, seconds, time.perf_counter() - began)
         events.publish(events.RoundAggregated(record.round))
         saving = time.perf_counter()
@@ -273,6 +347,7 @@ class Server:
                 strategy=strategy_state(self._strategy.inner),
                 record=record,
                 previous=self._broadcaster.previous,
+                codec=None if self._codec is None else self._codec.snapshot(),
             ),
             self._config,
         )
@@ -323,26 +398,53 @@ class Server:
     def _count(self, record: RoundRecord, tally: RoundTally) -> None:
         before, fp32 = self._record, 4 * self._workspace.spec.size
         record.clients = [
-            client_record(received, tally.downlink_bytes.get(received.client, 0))
+            client_record(received, tally)
             for received in sorted(tally.received, key=lambda received: received.client)
         ]
         record.uplink_bytes = tally.uplink_bytes
         record.downlink_bytes = sum(tally.downlink_bytes.values())
+        record.codec_bytes = sum(tally.codec_bytes.values())
         record.uplink_bytes_fp32 = fp32 * tally.uplinks
         record.downlink_bytes_fp32 = fp32 * tally.broadcasts
-        for name in ("uplink_bytes", "downlink_bytes", "uplink_bytes_fp32", "downlink_bytes_fp32"):
+        for name in (
+            "uplink_bytes",
+            "downlink_bytes",
+            "codec_bytes",
+            "uplink_bytes_fp32",
+            "downlink_bytes_fp32",
+        ):
             total = getattr(before, f"{name}_total") + getattr(record, name)
             setattr(record, f"{name}_total", total)
+
+    def _save_codec(self) -> None:
+        """Leave the codec as the last round left it, for other runs to begin with."""
+        if self._codec is None:
+            return
+        file, state = self._workspace.codec_file, self._codec.state
+        card = card_after_run(
+            {} if file is None else file.card,
+            self._config,
+            state=state,
+            adapted=state.hash != self._workspace.codec_state.hash,
+            last=self._record,
+        )
+        self._workspace.save_codec(self._folder.codec_path, state, card)
 
     def _save_adapter(self) -> None:
         save_adapter(self._folder.adapter_dir, self._workspace.whole(self._adapter), self._config)
 
 
-def _status(reply: Message) -> object:
-    """What a client says instead of an answer; None if it answers."""
-    if not reply.has_content() or CONFIG not in reply.content.config_records:
+def _codec_broadcaster(workspace: Workspace) -> CodecBroadcaster | None:
+    codec, config = workspace.uplink, workspace.config
+    if not isinstance(codec, LearnedCodec):
         return None
-    return reply.content.config_records[CONFIG].get(STATUS)
+    return CodecBroadcaster(
+        workspace.spec,
+        codec,
+        workspace.codec_state,
+        derived=config.uplink.state is None,
+        stateless=config.federation.stateless,
+    )
 
 
 def make_server_app() -> ServerApp:

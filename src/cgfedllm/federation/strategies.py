@@ -22,11 +22,22 @@ from numpy.typing import NDArray
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.config import FederationConfig
 from cgfedllm.federation.messages import ARRAYS, CONFIG, NUM_EXAMPLES
+from cgfedllm.federation.private import PrivateAverage
 from cgfedllm.federation.product import ProductAverage
+from cgfedllm.privacy.ledger import Ledger
+from cgfedllm.privacy.plan import PrivacyPlan
 
 
-def make_strategy(config: FederationConfig, spec: AdapterSpec) -> Strategy:
-    """The inner strategy: it sees whole decoded adapters and knows nothing of codecs."""
+def make_strategy(
+    config: FederationConfig, spec: AdapterSpec, private: tuple[PrivacyPlan, Ledger] | None = None
+) -> Strategy:
+    """The inner strategy: it sees whole decoded adapters and knows nothing of codecs.
+
+    Parameters
+    ----------
+    private : (PrivacyPlan, Ledger), optional
+        For central differential privacy, whose strategy is one of its own.
+    """
     common: dict[str, Any] = {
         "fraction_train": config.fraction_train,
         "fraction_evaluate": 1.0,
@@ -44,6 +55,8 @@ def make_strategy(config: FederationConfig, spec: AdapterSpec) -> Strategy:
         "beta_2": options.betas[1],
         "tau": options.tau,
     }
+    if private is not None:
+        return PrivateAverage(spec, *private, **common)
     if config.aggregation == "product":
         return ProductAverage(spec, **common)
     match options.name:

@@ -25,20 +25,28 @@ from flwr.serverapp.strategy import Strategy
 
 from cgfedllm import events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs import Codec, CodecContext
+from cgfedllm.codecs import Codec, CodecContext, CodecState
 from cgfedllm.errors import CgFedLlmError, PacketError
+from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
 from cgfedllm.federation.downlink import Broadcaster, fingerprint
 from cgfedllm.federation.messages import (
     ARRAYS,
     CHECK,
+    CODEC,
+    CODEC_HASH,
+    CODEC_KIND,
+    CODEC_MISSING,
+    CODEC_VERSION,
     CONFIG,
     KIND,
     METRICS,
     NUM_EXAMPLES,
     PREVIOUS,
+    REFERENCE_MISSING,
     VERSION,
     adapter_of,
     adapter_record,
+    codec_state_record,
     numbers_of,
     packet_limit,
     packet_of,
@@ -76,6 +84,8 @@ class RoundTally:
         Bytes sent to each client, in all attempts.
     broadcasts : int
         Packets sent.
+    codec_bytes : dict of int
+        Bytes of codec state sent to each client, in all attempts; not part of `downlink_bytes`.
     product_gap : float or None
         See `RoundRecord`.
     """
@@ -86,6 +96,7 @@ class RoundTally:
     uplinks: int = 0
     downlink_bytes: dict[str, int] = field(default_factory=dict)
     broadcasts: int = 0
+    codec_bytes: dict[str, int] = field(default_factory=dict)
     product_gap: float | None = None
 
     def next_attempt(self) -> RoundTally:
@@ -106,10 +117,15 @@ class CompressedStrategy(Strategy):
         Decodes what clients send.
     broadcaster : Broadcaster
         Codes what clients are sent.
+    codec_states : CodecBroadcaster or None
+        Keeps clients' copies of the uplink codec's state current, if it has one.
     seed : int
         For client sampling, and for codecs with common random numbers.
     weighting : str
         "examples" or "uniform".
+    summed : bool
+        Hand the inner strategy W + the plain sum of the changes instead of their weighted mean
+        (CG-FedLLM, arXiv 2405.13746, Algorithm 1 as printed). It must be one that averages first.
     min_replies : int
         With fewer usable replies the inner strategy is not called: a round that is tried again
         must not move its moments twice.
@@ -124,20 +140,26 @@ class CompressedStrategy(Strategy):
         spec: AdapterSpec,
         uplink: Codec,
         broadcaster: Broadcaster,
+        codec_states: CodecBroadcaster | None = None,
         seed: int,
         weighting: str = "examples",
+        summed: bool = False,
         min_replies: int = 1,
         client_name: Callable[[int], str] = str,
     ) -> None:
         self.inner = inner
         self.tally = RoundTally()
         self.attempt = 1
+        self.sample: UpdateSample | None = None
+        """Takes in what is decoded, in rounds that the codec adapts to."""
         self._spec = spec
         self._uplink = uplink
         self._broadcaster = broadcaster
         self._seed = seed
-        self._weighting = weighting
-        self._min_replies = min_replies
+        self._codec_states = codec_states
+        self._summed = summed
+        self._weighting = "uniform" if summed else weighting
+        self._min_replies = self._asked = min_replies
         self._name = client_name
         self._global = AdapterUpdate.zeros(spec)
 
@@ -156,6 +178,7 @@ class CompressedStrategy(Strategy):
             config = ConfigRecord({**config, PREVIOUS: fingerprint(previous)})
         with self._sampling(server_round, "train"):
             messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        self._asked = len(messages)
         return [self.coded(message) for message in self._by_name(messages)]
 
     def configure_evaluate(
@@ -179,15 +202,28 @@ class CompressedStrategy(Strategy):
         if broadcast.check is not None:
             config[CHECK] = broadcast.check
         arrays = packet_record(broadcast.blob) if broadcast.blob else ArrayRecord()
-        return Message(
-            RecordDict({ARRAYS: arrays, CONFIG: config}),
-            message.metadata.dst_node_id,
-            message.metadata.message_type,
-        )
+        content = RecordDict({ARRAYS: arrays, CONFIG: config})
+        if self._codec_states is not None and message.metadata.message_type == "train":
+            self._add_codec_state(content, client, self._codec_states)
+        return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
 
-    def resend(self, message: Message) -> Message:
-        """The same message again for a client that has lost its reference, self-contained."""
-        self._broadcaster.forget(self._name(message.metadata.dst_node_id))
+    def _add_codec_state(self, content: RecordDict, client: str, states: CodecBroadcaster) -> None:
+        broadcast, sent = states.broadcast(client), self.tally.codec_bytes
+        sent[client] = sent.get(client, 0) + len(broadcast.blob)
+        config = content.config_records[CONFIG]
+        config[CODEC_KIND] = broadcast.kind
+        config[CODEC_VERSION] = broadcast.version
+        config[CODEC_HASH] = broadcast.hash
+        if broadcast.blob:
+            content[CODEC] = codec_state_record(broadcast.blob)
+
+    def resend(self, message: Message, lacking: set[str]) -> Message:
+        """The same message again, self-contained in what the client says it lacks."""
+        client = self._name(message.metadata.dst_node_id)
+        if REFERENCE_MISSING in lacking:
+            self._broadcaster.forget(client)
+        if CODEC_MISSING in lacking and self._codec_states is not None:
+            self._codec_states.forget(client)
         return self.coded(message)
 
     def aggregate_train(
@@ -207,11 +243,13 @@ class CompressedStrategy(Strategy):
                 inputs = [reply]
             else:
                 inputs.append(_plain(reply, adapter, weight))
-        if not inputs or len(self.tally.received) < self._min_replies:
+        # where each client is drawn on its own, a round may ask fewer than that, or nobody
+        if len(self.tally.received) < min(self._min_replies, self._asked):
             return None, None
-        average = mean.value()
+        average = mean.value() if inputs else self._global
         if averages_first(self.inner):
-            inputs = [_plain(inputs[0], average, mean.weight)]
+            merged = mean.summed(self._global) if self._summed else average
+            inputs = [_plain(inputs[0], merged, mean.weight)]
         self.tally.product_gap = gap.value(average)
         return self.inner.aggregate_train(server_round, inputs)
 
@@ -227,7 +265,8 @@ class CompressedStrategy(Strategy):
         """Usable replies with their adapter and weight, as they come."""
         previous = self._previous()
         known = None if previous is None else previous.vector
-        context = CodecContext(self._spec, server_round, self._seed, previous=known)
+        state = CodecState() if self._codec_states is None else self._codec_states.state
+        context = CodecContext(self._spec, server_round, self._seed, state, known)
         limit = packet_limit(self._spec)
         for reply in replies:
             client = self._name(reply.metadata.src_node_id)
@@ -249,6 +288,8 @@ class CompressedStrategy(Strategy):
             seconds = time.perf_counter() - began
             self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
             events.publish(events.UpdateReceived(client, server_round, update, weight, metrics))
+            if self.sample is not None:
+                self.sample.add(client, update)
             del update  # it weighs as much as an adapter, and aggregation needs only that
             yield reply, adapter, weight
 
@@ -284,6 +325,11 @@ class _Mean:
 
     def value(self) -> AdapterUpdate:
         return AdapterUpdate(self._spec, (self._total / self.weight).astype(np.float32))
+
+    def summed(self, start: AdapterUpdate) -> AdapterUpdate:
+        """`start` plus every adapter's difference to it, where each has weight one."""
+        others = (self.weight - 1) * start.vector.astype(np.float64)
+        return AdapterUpdate(self._spec, (self._total - others).astype(np.float32))
 
 
 def _plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:

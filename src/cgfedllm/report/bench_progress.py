@@ -1,4 +1,4 @@
-"""How far a bench is: a bar on a terminal, a line a trial elsewhere; always on stderr."""
+"""How far a bench or evaluation is: a bar on a terminal, lines elsewhere; always on stderr."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cgfedllm.events import EvaluationProgress, Event
 
 _RECENT_SECONDS = 20.0
 """Time left is told from this much of the past, so that a pause or a slow codec is forgotten."""
@@ -38,6 +40,11 @@ class BenchProgress:
                 f"[{spent:6.1f} s] {done}/{total} {what}", markup=False, soft_wrap=True
             )
         self._said = what
+
+    def hear(self, event: Event) -> None:
+        """Show the progress of an evaluation (`events.listening`)."""
+        if isinstance(event, EvaluationProgress):
+            self.update(event.done, event.total, event.what)
 
     def __enter__(self) -> BenchProgress:
         if self._console.is_terminal:

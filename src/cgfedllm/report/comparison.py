@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from cgfedllm.analysis.curves import ComparisonEntry, curve_of, gain_kept
-from cgfedllm.report.summary import Traffic, summarise
+from cgfedllm.report.summary import Summary, Traffic, summarise
 from cgfedllm.report.tables import plain_table
 from cgfedllm.report.units import human_bytes, human_ratio, human_seconds
 
@@ -56,7 +56,7 @@ def comparison_table(entries: Sequence[ComparisonEntry]) -> Table:
             human_seconds(sum(s.seconds["total"] for s in own.values()) / len(own)),
         )
     if codecs:
-        table.caption = _caption(entries, codecs[0])
+        table.caption = _caption(entries, codecs[0]) + _charges(outcomes, codecs)
         table.caption_justify = "left"
     return table
 
@@ -75,6 +75,21 @@ def _caption(entries: Sequence[ComparisonEntry], reference: str) -> str:
         f"difference{spread} from {reference!r} with the same seed; kept: share of its NLL gain; "
         f"bits per parameter{whose}; uplink of a whole run"
     )
+
+
+def _charges(outcomes: Mapping[tuple[str, int], Summary], codecs: Sequence[str]) -> str:
+    """What learned codecs cost beside the uplink, on a line a kind and codec."""
+    lines = ""
+    for what, attribute in (
+        ("codec state sent down", "codec_bytes"),
+        ("pre-training, up", "tgap_uplink_bytes"),
+        ("pre-training, down", "tgap_downlink_bytes"),
+    ):
+        for codec in codecs:
+            own = [getattr(s, attribute) for (name, _), s in outcomes.items() if name == codec]
+            if any(own):
+                lines += f"\n{what}, not in uplink: {codec} {human_bytes(sum(own) / len(own))}"
+    return lines
 
 
 def _kept(entries: Sequence[ComparisonEntry], codec: str, reference: str) -> str:

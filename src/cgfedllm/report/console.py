@@ -275,7 +275,8 @@ class RichWatcher(Watcher):
         if change is not None:
             text = text.replace(f"{change:+.4f}", f"[{colour}]{change:+.4f}[/]", 1)
         fewer, spent = human_ratio(_fewer(record)), human_seconds(record.seconds.get("total", 0.0))
-        return f"{text}{fewer:>8}{spent:>12}"
+        codec = f"\n{'':9}{_codec_state(record)}" if record.codec_bytes else ""
+        return f"{text}{fewer:>8}{spent:>12}{codec}"
 
     def _print(self, markup: str) -> None:
         self._console.print(markup, highlight=False)
@@ -309,6 +310,8 @@ def round_line(progress: Progress) -> str:
             f"(total {human_bytes(record.uplink_bytes_total)}, "
             f"{human_ratio(_fewer(record))} fewer than fp32)"
         )
+    if record.codec_bytes:
+        parts.append(_codec_state(record))
     if record.failures:
         parts.append(f"{count_of(len(record.failures), 'reply', 'replies')} not used")
     if "total" in record.seconds:
@@ -351,6 +354,11 @@ def _columns(round: str, nll: str, change: str, uplink: str, total: str) -> str:
 def _fewer(record: RoundRecord) -> float | None:
     sent = record.uplink_bytes_total
     return record.uplink_bytes_fp32_total / sent if sent else None
+
+
+def _codec_state(record: RoundRecord) -> str:
+    total = human_bytes(record.codec_bytes_total)
+    return f"codec state {human_bytes(record.codec_bytes)} down (total {total})"
 
 
 def _bar(share: float) -> Bar:

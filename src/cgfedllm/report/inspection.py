@@ -14,12 +14,20 @@ from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, Factor
 from cgfedllm.codecs.packet import HEADER_SIZE, MAGIC, NO_STATE, Packet
-from cgfedllm.errors import AdapterError, CheckpointError, CodecError, PacketError
+from cgfedllm.errors import (
+    AdapterError,
+    CheckpointError,
+    CodecError,
+    CodecStateError,
+    PacketError,
+)
 from cgfedllm.metrics import RoundRecord
-from cgfedllm.report.summary import Traffic, summarise
+from cgfedllm.report.model_card import POOLS, cost_text, fidelity_text, options_text
+from cgfedllm.report.summary import Summary, Traffic, summarise
 from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
 from cgfedllm.runs import RunFolder
 from cgfedllm.storage import load_tensors, read_json
+from cgfedllm.tgap.codec_file import is_codec_file, load_codec_file
 from cgfedllm.tgap.index import INDEX, is_recording
 from cgfedllm.tgap.recording import Recording
 
@@ -34,7 +42,7 @@ class Inspection:
     Parameters
     ----------
     kind : str
-        "run", "recording", "adapter", "packet", "checkpoint" or "tensors".
+        "run", "recording", "adapter", "packet", "codec", "checkpoint" or "tensors".
     path : Path
         Where.
     facts : dict of str
@@ -55,7 +63,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a folder (run, recording, PEFT adapter) or a file (packet, checkpoint).
+    """Look into a folder (run, recording, PEFT adapter) or a file (packet, codec, checkpoint).
 
     Raises
     ------
@@ -65,6 +73,8 @@ def inspect(path: str | Path) -> Inspection:
         If a packet is damaged.
     RecordingError
         If a recording is damaged.
+    CodecStateError
+        If a codec file is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -92,6 +102,8 @@ def inspect(path: str | Path) -> Inspection:
         return inspect(path.parent)
     if path.name == INDEX and is_recording(path.parent):
         return _recording(path.parent)
+    if is_codec_file(path):
+        return _codec(path)
     return _tensors(path)
 
 
@@ -107,7 +119,7 @@ def _packet(path: Path) -> Inspection:
         "packet",
         path,
         {
-            "codec": f"{packet.codec}, version {packet.codec_version}{_known(packet)}",
+            "codec": _named(packet.codec, packet.codec_version),
             "round": str(packet.round),
             "parameters": f"{packet.parameters:,}",
             "adapter spec hash": packet.spec_hash.hex(),
@@ -122,14 +134,16 @@ def _packet(path: Path) -> Inspection:
     )
 
 
-def _known(packet: Packet) -> str:
+def _named(codec: str, version: int) -> str:
+    """A codec's name and version, and whether this installation has it."""
     from cgfedllm.codecs import codec_class
 
     try:
-        version = codec_class(packet.codec).version
+        here = codec_class(codec).version
     except CodecError:
-        return " (not known to this installation)"
-    return "" if version == packet.codec_version else f" (this installation has {version})"
+        return f"{codec}, version {version} (not known to this installation)"
+    other = "" if here == version else f" (this installation has {here})"
+    return f"{codec}, version {version}{other}"
 
 
 def _adapter(path: Path) -> Inspection:
@@ -217,6 +231,7 @@ def _run(run: RunFolder) -> Inspection:
         "strategy": f"{config.federation.strategy.name}, {config.federation.aggregation}",
         "uplink": _traffic(summary.uplink, config.uplink.name),
         "downlink": _traffic(summary.downlink, config.downlink.name),
+        **_codec_charges(summary),
     }
     if summary.heldout:
         change = summary.heldout
@@ -259,6 +274,53 @@ def _recording(path: Path) -> Inspection:
         "size": human_bytes(recording.nbytes),
     }
     return Inspection("recording", path, facts)
+
+
+def _codec(path: Path) -> Inspection:
+    file = load_codec_file(path)
+    values = sum(array.size for array in file.state.tensors.values())
+    facts = {
+        "codec": _named(file.name, file.codec_version),
+        "options": options_text(file.options),
+        "adapter": f"{file.spec.size:,} parameters in {count_of(len(file.spec), 'factor')}",
+        "adapter spec hash": file.spec.hash.hex(),
+        "state": f"version {file.state.version}, {count_of(values, 'value')} in "
+        f"{count_of(len(file.state.tensors), 'tensor')}",
+        "codec state hash": file.state.hash.hex(),
+        "size": human_bytes(path.stat().st_size),
+    }
+    try:
+        facts |= _codec_card(file.card)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CodecStateError(f"{path}: its card is damaged ({error!r})") from None
+    return Inspection("codec", path, facts)
+
+
+def _codec_card(card: Mapping[str, Any]) -> dict[str, str]:
+    """What a codec file tells of itself; one that no pre-training wrote tells less."""
+    facts = {"made by": str(card["made_by"])} if "made_by" in card else {}
+    for number, recorded in enumerate(card.get("recordings", []), start=1):
+        facts[f"recording {number}"] = (
+            f"{recorded['kind']}, {count_of(recorded['updates'], 'update')} of "
+            f"{count_of(recorded['clients'], 'client')}, {recorded['model']} on "
+            f"{recorded['data']['source']} ({recorded['data']['part']})"
+        )
+    for name, found in card.get("fidelity", {}).items():
+        facts[POOLS.get(name, name)] = fidelity_text(found)
+    if "cost" in card:
+        facts["cost"] = cost_text(card["cost"])
+    return facts
+
+
+def _codec_charges(summary: Summary) -> dict[str, str]:
+    """What a learned codec cost beside its packets."""
+    charges = {}
+    if summary.codec_bytes:
+        charges["codec state"] = f"{human_bytes(summary.codec_bytes)} down"
+    if summary.tgap_uplink_bytes or summary.tgap_downlink_bytes:
+        up, down = human_bytes(summary.tgap_uplink_bytes), human_bytes(summary.tgap_downlink_bytes)
+        charges["pre-training"] = f"{up} up, {down} down"
+    return charges
 
 
 def _traffic(traffic: Traffic, codec: str) -> str:

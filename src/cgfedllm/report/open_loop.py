@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
-from io import StringIO
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich.text import Text
 from cgfedllm.analysis.open_loop_rows import ModelRow, ModuleRow, OpenLoop, OpenLoopRow
 from cgfedllm.analysis.structure import Structure
 from cgfedllm.errors import CheckpointError
+from cgfedllm.report.rows import plain, read_rows, rows_to_csv, table_to_csv
 from cgfedllm.report.tables import plain_table
 from cgfedllm.report.units import count_of, human_ratio
 from cgfedllm.storage import read_json, write_atomic, write_json
@@ -53,16 +52,17 @@ def write_results(
         If a file cannot be written.
     """
     tables: dict[str, str] = {
-        "codecs.csv": _csv(OpenLoopRow, (row for result in results for row in result.rows)),
-        "modules.csv": _csv(ModuleRow, (row for result in results for row in result.modules)),
-        "models.csv": _csv(ModelRow, (row for result in results for row in result.models)),
+        "codecs.csv": rows_to_csv(OpenLoopRow, (row for r in results for row in r.rows)),
+        "modules.csv": rows_to_csv(ModuleRow, (row for r in results for row in r.modules)),
+        "models.csv": rows_to_csv(ModelRow, (row for r in results for row in r.models)),
     }
     if structures:
-        tables["structure.csv"] = _structure_csv(structures)
+        facts = ([name, *row] for name, s in structures.items() for row in s.rows())
+        tables["structure.csv"] = table_to_csv(["recording", "fact", "kind", "value"], facts)
     for name, text in tables.items():
         write_atomic(folder / name, text)
     summary = folder / "open_loop.json"
-    write_json(summary, {**_plain(about), **results_to_dict(results, structures)})
+    write_json(summary, {**plain(about), **results_to_dict(results, structures)})
     return [*(folder / name for name in tables), summary]
 
 
@@ -84,16 +84,10 @@ def read_results(folder: Path) -> list[OpenLoop]:
         "models.csv": (ModelRow, lambda result: result.models),
     }
     for name, (row_type, rows_of) in tables.items():
-        path = folder / name
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                for cells in csv.DictReader(file):
-                    values = {f.name: _value(cells[f.name], f.type) for f in fields(row_type)}
-                    rows_of(results[values["recording"]]).append(row_type(**values))
-        except (OSError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is missing or damaged ({error!r}); run the bench again"
-            ) from None
+        for row in read_rows(folder / name, row_type):
+            if row.recording not in results:
+                raise CheckpointError(f"{folder / name} is damaged: it is of another bench")
+            rows_of(results[row.recording]).append(row)
     return list(results.values())
 
 
@@ -101,7 +95,7 @@ def results_to_dict(
     results: Sequence[OpenLoop], structures: Mapping[str, Structure]
 ) -> dict[str, Any]:
     """Plain types, ready for JSON; infinity is "inf", what is not known is null."""
-    plain: dict[str, Any] = _plain(
+    told: dict[str, Any] = plain(
         {
             "rounds": {result.recording: result.rounds for result in results},
             "refused": [asdict(r) for result in results for r in result.refusals],
@@ -109,7 +103,7 @@ def results_to_dict(
             "codecs": [asdict(row) for result in results for row in result.rows],
         }
     )
-    return plain
+    return told
 
 
 def open_loop_table(result: OpenLoop) -> RenderableType:
@@ -189,44 +183,3 @@ def _milliseconds(value: float) -> str:
 
 def _asked(codec: str, bpp: float | None) -> str:
     return codec if bpp is None else f"{codec} at {bpp:g} bits"
-
-
-def _csv(row_type: type[Any], rows: Iterable[Any]) -> str:
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    names = [field.name for field in fields(row_type)]
-    writer.writerow(names)
-    writer.writerows([_cell(getattr(row, name)) for name in names] for row in rows)
-    return out.getvalue()
-
-
-def _value(cell: str, kind: Any) -> Any:
-    """Inverse of `_cell`, for a field annotated as text (`kind`)."""
-    if kind.endswith("None") and not cell:
-        return None
-    return {"str": str, "int": int, "float": float}[kind.partition(" ")[0]](cell)
-
-
-def _structure_csv(structures: Mapping[str, Structure]) -> str:
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["recording", "fact", "kind", "value"])
-    for name, structure in structures.items():
-        writer.writerows([name, fact, kind, _cell(v)] for fact, kind, v in structure.rows())
-    return out.getvalue()
-
-
-def _cell(value: object) -> object:
-    """Six digits are more than any of it is worth; infinity is ``inf``, nothing is empty."""
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
-
-
-def _plain(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: the one becomes "inf", the other null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value

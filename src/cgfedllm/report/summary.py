@@ -66,6 +66,11 @@ class Summary:
     product_gap: float | None = None
     """Of the last round: what averaging the factors apart ignores, as a share of mean(B A)."""
     notes: list[str] = field(default_factory=list)
+    codec_bytes: int = 0
+    """State of a learned uplink codec, sent down; in neither direction's traffic above."""
+    tgap_uplink_bytes: int = 0
+    """What pre-training that codec cost clients' uplinks; in no other number."""
+    tgap_downlink_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON; derived numbers included."""
@@ -106,6 +111,9 @@ def summarise(records: Sequence[RoundRecord]) -> Summary:
         failures=sum(len(r.failures) for r in records),
         product_gap=last.product_gap,
         notes=notes,
+        codec_bytes=last.codec_bytes_total,
+        tgap_uplink_bytes=sum(r.tgap_uplink_bytes for r in records),
+        tgap_downlink_bytes=sum(r.tgap_downlink_bytes for r in records),
     )
 
 

@@ -85,6 +85,13 @@ def _bytes_table(summary: Summary, uplink_codec: str, downlink_codec: str) -> Ta
             human_ratio(traffic.times_fewer),
             f"{bits:.2f}" if bits is not None else "-",
         )
+    for name, sent in (
+        ("codec state, down", summary.codec_bytes),
+        ("pre-training, up", summary.tgap_uplink_bytes),
+        ("pre-training, down", summary.tgap_downlink_bytes),
+    ):
+        if sent:
+            table.add_row(name, human_bytes(sent))
     return table
 
 

@@ -67,8 +67,14 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "bytes/uplink_fp32_total": fp32,
         "bytes/downlink_fp32_total": record.downlink_bytes_fp32_total,
         "bytes/uplink_times_fewer": fp32 / sent if sent else None,
+        # curves of their own, and only where there is such a codec
+        "bytes/codec": record.codec_bytes if record.codec_bytes_total else None,
+        "bytes/codec_total": record.codec_bytes_total or None,
+        "bytes/tgap_uplink": record.tgap_uplink_bytes or None,
+        "bytes/tgap_downlink": record.tgap_downlink_bytes or None,
         "update/norm": record.update_norm,
         "update/product_gap": record.product_gap,
+        "privacy/epsilon": record.epsilon,
         "clients/usable": len(record.clients),
         "clients/failed": len(record.failures),
     }

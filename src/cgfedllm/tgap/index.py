@@ -3,7 +3,7 @@
 ::
 
     index.json   format, version     this is a recording, and which kind of one
-                 kind, model         federated or centralised; of which base model
+                 kind, model         federated, centralised or local-only; of which base model
                  spec, spec_hash     the adapter's factors
                  config              resolved configuration, TOML
                  environment         versions, hardware, seed, command line
@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -31,7 +31,8 @@ FORMAT = "cgfedllm-recording"
 VERSION = 1
 INDEX = "index.json"
 
-RecordingKind = Literal["federated", "centralised"]
+RecordingKind = Literal["federated", "centralised", "local-only"]
+KINDS: tuple[RecordingKind, ...] = get_args(RecordingKind)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Index:
     config : Config
         Of the run that was recorded.
     kind : str
-        "federated" or "centralised".
+        "federated", "centralised" or "local-only".
     environment : dict
         Versions, hardware, seed, command line.
     entries : tuple of RecordedUpdate

@@ -29,7 +29,7 @@ class Recorder:
     config : Config
         Of the run.
     kind : str
-        "federated" or "centralised".
+        "federated", "centralised" or "local-only".
     """
 
     def __init__(

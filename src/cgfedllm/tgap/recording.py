@@ -13,6 +13,7 @@ maps the shards into memory and copies single rows, so a recording may be larger
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,25 @@ class Recording:
         """Where it comes from: version, kind, model, spec_hash, environment."""
         return {
             "version": VERSION,
-            "kind": self._index.kind,
+            "kind": self.kind,
             "model": self.config.model.id,
             "spec_hash": self.spec.hash.hex(),
             "environment": self._index.environment,
         }
+
+    @property
+    def kind(self) -> str:
+        """What was recorded: "federated", "centralised" or "local-only" training."""
+        return self._index.kind
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what this view holds, wherever it lies: adapter, kind, updates by checksum."""
+        digest = hashlib.sha256(f"{self.kind}\x1f{self.spec.to_json()}".encode())
+        for entry in self._entries:
+            row = (entry.round, entry.client, entry.weight, entry.checksum)
+            digest.update("\x1f".join(map(str, row)).encode() + b"\n")
+        return digest.hexdigest()[:32]
 
     @property
     def nbytes(self) -> int:

@@ -42,7 +42,7 @@ class RecordingWriter:
     config : Config
         Of the run that is recorded.
     kind : str
-        "federated" or "centralised".
+        "federated", "centralised" or "local-only".
     environment : dict, optional
         Versions, hardware, seed, command line; by default those of this process.
 

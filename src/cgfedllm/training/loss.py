@@ -38,16 +38,22 @@ def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
         inputs["attention_mask"] = batch.attention_mask
     else:
         inputs["segment_lengths"] = batch.lengths
-    if takes_logits_to_keep(model):
-        logits = model(**inputs, logits_to_keep=batch.label_index).logits
-    else:
-        logits = model(**inputs).logits[:, batch.label_index]
+    logits = logits_at(model, batch.label_index, **inputs)
     return cross_entropy(
         logits.flatten(0, 1).float(),
         batch.targets.flatten(),
         ignore_index=IGNORE,
         reduction="sum",
     )
+
+
+def logits_at(model: Any, columns: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Logits at chosen columns only, where the model can do that; shape (rows, k, vocabulary)."""
+    if takes_logits_to_keep(model):
+        logits: torch.Tensor = model(**inputs, logits_to_keep=columns).logits
+        return logits
+    every: torch.Tensor = model(**inputs).logits
+    return every[:, columns]
 
 
 def takes_logits_to_keep(model: Any) -> bool:

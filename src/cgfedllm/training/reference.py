@@ -56,7 +56,8 @@ def train_centralised(workspace: Workspace, sink: Sink) -> AdapterUpdate:
             adapter, pooled, client=CENTRALISED, round=round_, optimizer_state=state
         )
         if events.anyone_listens():
-            _publish_change(round_, adapter, result, len(pooled))
+            _publish_change(CENTRALISED, round_, adapter, result, len(pooled))
+            events.publish(events.RoundAggregated(round_))
         adapter, state = result.adapter, result.optimizer_state
         sink(_evaluated(workspace, round_, {"": adapter}, began))
         check_interrupt()
@@ -66,7 +67,8 @@ def train_centralised(workspace: Workspace, sink: Sink) -> AdapterUpdate:
 def train_local_only(workspace: Workspace, sink: Sink) -> dict[str, AdapterUpdate]:
     """Train one adapter a client, each on its own rows, in every round.
 
-    The held-out figure of a record is the mean over the clients' adapters.
+    What each one changed is published round by round, as if it were sent. The held-out figure of
+    a record is the mean over the clients' adapters.
 
     Returns
     -------
@@ -81,21 +83,27 @@ def train_local_only(workspace: Workspace, sink: Sink) -> dict[str, AdapterUpdat
     for round_ in range(1, config.federation.rounds + 1):
         began = time.perf_counter()
         for client in workspace.data.clients:
+            rows = workspace.examples(client, "train")
             result = trainer.train(
                 adapters[client.name],
-                workspace.examples(client, "train"),
+                rows,
                 client=client.name,
                 round=round_,
                 optimizer_state=states[client.name],
             )
+            if events.anyone_listens():
+                _publish_change(client.name, round_, adapters[client.name], result, len(rows))
             adapters[client.name], states[client.name] = result.adapter, result.optimizer_state
             check_interrupt()
+        events.publish(events.RoundAggregated(round_))
         sink(_evaluated(workspace, round_, adapters, began))
     return adapters
 
 
-def _publish_change(round_: int, before: AdapterUpdate, result: TrainResult, examples: int) -> None:
-    """Tell of a round's worth of steps as of the update of one client with all rows."""
+def _publish_change(
+    client: str, round_: int, before: AdapterUpdate, result: TrainResult, examples: int
+) -> None:
+    """Tell of a round's worth of steps as of the update that a client sends."""
     metrics = {
         "num-examples": float(examples),
         "steps": float(result.steps),
@@ -103,8 +111,7 @@ def _publish_change(round_: int, before: AdapterUpdate, result: TrainResult, exa
         "train-loss": result.loss,
     }
     change = result.adapter - before
-    events.publish(events.UpdateReceived(CENTRALISED, round_, change, float(examples), metrics))
-    events.publish(events.RoundAggregated(round_))
+    events.publish(events.UpdateReceived(client, round_, change, float(examples), metrics))
 
 
 def _steps_of_federated_round(workspace: Workspace) -> int:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from cgfedllm.analysis.candidates import slug_of
 from cgfedllm.analysis.open_loop_rows import ModuleRow, OpenLoop, OpenLoopRow
+from cgfedllm.report.figures.heat import draw_decibels
 from cgfedllm.report.figures.style import new_figure, save, styles_of
 
 LOWEST_DB = 0.03
@@ -134,22 +135,13 @@ def modules_figure(result: OpenLoop) -> Figure | None:
         height=1.1 + 0.75 * len(groups) + 0.26 * lines,
     )
     finite = [r.snr_db for _, rows in groups for r in rows if math.isfinite(r.snr_db)]
-    # one scale for all panels; negative values, worse than sending nothing, share the bottom
+    # one scale for all panels
     top = max([*finite, 1e-3])
     for axes, (title, rows), names in zip(panels, groups, labels, strict=True):
         values = np.full((len(names), len(kinds)), np.nan)
         for row in rows:
             values[names.index(row.label), kinds.index(row.module)] = row.snr_db
-        axes.imshow(np.clip(values, 0, top), cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        for (y, x), value in np.ndenumerate(values):
-            if not math.isnan(value):
-                text = "exact" if value == math.inf else f"{value:.2f}"
-                colour = "black" if min(value, top) > 0.6 * top else "white"
-                axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=colour)
-        axes.grid(False)
-        axes.set_xticks(range(len(kinds)), [])
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(length=0)
+        draw_decibels(axes, values, names, top=top)
         axes.set_title(f"{result.recording}, {title}: SNR in dB", loc="left")
     panels[-1].set_xticks(
         range(len(kinds)),

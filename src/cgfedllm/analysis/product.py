@@ -1,0 +1,118 @@
+r"""The effective change: what a change of the factors does to the product B A that the model sees.
+
+::
+
+    dB, dA, from an adapter at B, A:   (B + dB)(A + dA) - B A  =  [dB | B] [A + dA ; dA]
+
+Rank 2 r at most, so norms and inner products need no (out, in) matrix. Without the factor
+alpha / r, which is the same for all modules unless a configuration has patterns for it.
+
+Where the adapter stood before a round is not in a recording, but follows from it: the start is
+drawn from the seed, and every round added its aggregate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.analysis.fidelity import Fidelity, factor_kind
+from cgfedllm.lora import initial_adapter
+
+if TYPE_CHECKING:
+    from cgfedllm.tgap.recording import Recording
+
+Float64Array = NDArray[np.float64]
+LowRank = tuple[Float64Array, Float64Array]
+
+
+class ProductFidelity:
+    """One `Fidelity` of the effective change a kind of module (``q_proj``), pooled over layers.
+
+    Parameters
+    ----------
+    spec : AdapterSpec
+        What the updates are made of; needs A and B factors.
+    """
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self._pairs = spec.pairs()
+        self.kinds = {factor_kind(a).removesuffix(".A"): Fidelity() for a, _ in self._pairs}
+
+    def add(self, start: AdapterUpdate, true: AdapterUpdate, decoded: AdapterUpdate) -> None:
+        """Take in one change of the adapter at `start`, and what became of it."""
+        views = [update.views() for update in (start, true, decoded)]
+        for a, b in self._pairs:
+            (A, dA, dA_), (B, dB, dB_) = (
+                [part[factor.name].astype(np.float64) for part in views] for factor in (a, b)
+            )
+            x = np.hstack([dB, B]), np.vstack([A + dA, dA])
+            y = np.hstack([dB_, B]), np.vstack([A + dA_, dA_])
+            # of the differences, and not a difference of norms: exactly zero where nothing is lost
+            error = np.hstack([dB - dB_, B + dB_]), np.vstack([A + dA, dA - dA_])
+            kind = factor_kind(a).removesuffix(".A")
+            self.kinds[kind] += Fidelity(
+                signal=_inner(x, x), decoded=_inner(y, y), error=_inner(error, error),
+                inner=_inner(x, y),
+            )  # fmt: skip
+
+    def total(self) -> Fidelity:
+        """All kinds together."""
+        return sum(self.kinds.values(), Fidelity())
+
+
+def adapter_states(recording: Recording, rounds: Iterable[int]) -> dict[int, AdapterUpdate]:
+    """The global adapter before each of some rounds.
+
+    Start and changes are added up in float32, as the server does but for the order of roundings.
+
+    Parameters
+    ----------
+    recording : Recording
+        One that `why_no_states` has nothing against.
+    rounds : iterable of int
+        Rounds asked for.
+
+    Raises
+    ------
+    RecordingError
+        If an update cannot be read.
+    """
+    config = recording.config
+    rate = 1.0 if recording.kind == "centralised" else config.federation.server_lr
+    wanted = set(rounds)
+    state = initial_adapter(recording.spec, config.seed)
+    states = {}
+    for number in range(1, max(wanted, default=0) + 1):
+        if number in wanted:
+            states[number] = state
+        state = state + recording.aggregate(number).scaled(rate)
+    return states
+
+
+def why_no_states(recording: Recording) -> str | None:
+    """Why the adapter before a round does not follow from a recording; None if it does."""
+    config, rounds = recording.config, recording.rounds()
+    if not recording.spec.pairs():
+        return "the adapter has no pairs of A and B"
+    if recording.kind == "local-only":
+        return "its clients share no adapter"
+    if rounds != list(range(1, len(rounds) + 1)):
+        return "it does not hold every round from the first"
+    strategy = config.federation.strategy.name
+    if recording.kind == "federated" and (
+        strategy not in ("fedavg", "fedprox") or config.federation.aggregation != "factors"
+    ):
+        rule = f"{strategy}, {config.federation.aggregation}"
+        return f"the server did more than add the mean ({rule})"
+    return None
+
+
+def _inner(x: LowRank, y: LowRank) -> float:
+    """<X, Y> of X = L R and Y = M S: sum of (L' M) * (R S')."""
+    (L, R), (M, S) = x, y
+    return float(np.sum((L.T @ M) * (R @ S.T)))

@@ -1,0 +1,206 @@
+"""What `cg_resnet`, `cg_cnn` and `cg_unet` have in common: updates to images to latents to bytes.
+
+::
+
+    printed   update --stack--> image --encoder--> latent, floats --decoder, Tanh--> image
+    fair      update / scale of each factor --signs, layout--> image --encoder--> latent
+              --round--> integers --range coder--> packet
+              --decoder--> image * gain of each kind of factor * scale of each factor
+
+CG-FedLLM, Wu et al., arXiv 2405.13746. *Printed* is what the paper describes. *Fair* keeps the
+networks and repairs what stands in their way; docs/codecs.md says what, and why. The integers of a
+packet are the same for every receiver; values are rebuilt in floats, which may differ in their last
+bits between types of processors.
+
+Networks are functions of the state alone, so both ends want a fitted one in their context: `fit`
+makes it of recorded updates. `initial_state` gives one that has learned nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
+from cgfedllm.codecs.base import CodecContext, CodecState
+from cgfedllm.codecs.cg import scales
+from cgfedllm.codecs.cg.alignment import Signs
+from cgfedllm.codecs.cg.design import Design, NetName
+from cgfedllm.codecs.cg.latents import (
+    BYTES,
+    Change,
+    changed,
+    dequantised,
+    pack_floats,
+    quantised,
+    read_latents,
+    unpack_floats,
+    write_latents,
+)
+from cgfedllm.codecs.cg.layout import Layout, layout_of
+from cgfedllm.codecs.cg.options import AutoEncoderOptions
+from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
+from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
+from cgfedllm.codecs.parts.rows import count_rows
+from cgfedllm.errors import CodecError
+
+if TYPE_CHECKING:
+    from cgfedllm.codecs.cg.running import Network
+
+SIGNS = "layout.signs"
+"""Name of the state's signs of rank vectors; all other arrays are the networks'."""
+
+
+class AutoEncoderCodec(LearnedCodec):
+    """An encoder and a decoder network around a latent that is sent.
+
+    Subclasses choose the network.
+    """
+
+    net: ClassVar[NetName]
+
+    options: AutoEncoderOptions
+
+    @property
+    def design(self) -> Design:
+        """Sizes of the networks."""
+        own = self.options
+        blocks = getattr(own, "residual_blocks", 0)
+        slope = 0.0 if own.printed else own.slope
+        return Design(self.net, own.stages, own.width, blocks, own.printed, slope)
+
+    def layout(self, spec: AdapterSpec) -> Layout:
+        """Where an adapter's values lie in the networks' input."""
+        own = self.options
+        return layout_of(spec, own.chosen_layout, own.chosen_order, self.design.stride)
+
+    def latent_shapes(self, spec: AdapterSpec) -> list[tuple[int, ...]]:
+        """Shapes of what is sent, channels first."""
+        return self.design.latent_shapes(self.layout(spec).shape)
+
+    def payload_size(self, spec: AdapterSpec) -> int | None:
+        """Printed: the latent's numbers. Fair: None, it depends on the values."""
+        if not self.options.printed:
+            return None
+        return BYTES[self.options.latent_dtype] * self.latent_elements(spec)
+
+    def latent_elements(self, spec: AdapterSpec) -> int:
+        """Numbers in the latents of an update."""
+        return sum(math.prod(shape) for shape in self.latent_shapes(spec))
+
+    def decode_changed(self, blob: bytes, context: CodecContext, change: Change) -> AdapterUpdate:
+        """As `decode`, but for what `change` makes of the latents (`analysis.latents`)."""
+        payload = self._open(blob, context).payload
+        return AdapterUpdate(context.spec, self._rebuilt(payload, context, change))
+
+    def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
+        """Random weights, no rank vector turned over; the same on every machine."""
+        return _initial_state(self.design, self.sign_count(spec), seed)
+
+    def fit(
+        self,
+        train: Updates,
+        validation: Updates,
+        settings: FitSettings,
+        *,
+        resume: FitProgress | None = None,
+        on_epoch: OnEpoch = lambda progress: None,
+    ) -> CodecState:
+        """Train both networks; see `LearnedCodec.fit`, and `training` for how."""
+        from cgfedllm.codecs.cg.training import fit
+
+        return fit(self, train, validation, settings, resume, on_epoch)
+
+    def adapt(
+        self, state: CodecState, updates: Sequence[AdapterUpdate], *, round: int, seed: int
+    ) -> CodecState:
+        """Take a few small steps on what was decoded; see `LearnedCodec.adapt`.
+
+        Decoded updates are all there is: what a network lost it cannot learn from them. The steps
+        strengthen what gets through as the updates drift, and no more.
+        """
+        from cgfedllm.codecs.cg.training import adapt
+
+        return adapt(self, state, updates, round, seed)
+
+    def sign_count(self, spec: AdapterSpec) -> int:
+        """Rank vectors that have a sign in the state; 0 if none has."""
+        aligned = self.options.align_signs and not self.options.printed
+        return count_rows(spec) if aligned else 0
+
+    def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
+        network = self._network(context)
+        layout = self.layout(context.spec)
+        if self.options.printed:
+            latents = network.encode(layout.to_image(update.vector))
+            return pack_floats(latents, self.options.latent_dtype)
+        return self._encode_fair(update, network, layout, context.state.tensors.get(SIGNS))
+
+    def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
+        return self._rebuilt(payload, context)
+
+    def _rebuilt(
+        self, payload: bytes, context: CodecContext, change: Change | None = None
+    ) -> Float32Array:
+        network = self._network(context)
+        layout = self.layout(context.spec)
+        shapes = self.latent_shapes(context.spec)
+        if self.options.printed:
+            latents = unpack_floats(payload, shapes, self.options.latent_dtype)
+            return layout.to_vector(network.decode(changed(latents, change)))
+        if not payload:
+            return np.zeros(context.spec.size, np.float32)
+        reader = SymbolReader(payload)
+        exponents, gains = scales.read_scales(reader, context.spec)
+        levels = read_latents(reader, shapes)
+        reader.finish()
+        image = network.decode(changed(dequantised(levels, self.options.step), change))
+        values = layout.to_vector(image, context.state.tensors.get(SIGNS))
+        return scales.denormalised(values, context.spec, exponents, gains)
+
+    def _encode_fair(
+        self, update: AdapterUpdate, network: Network, layout: Layout, signs: Signs | None
+    ) -> bytes:
+        exponents = scales.exponents_of(update)
+        values = scales.normalised(update, exponents)
+        levels = quantised(network.encode(layout.to_image(values, signs)), self.options.step)
+        image = network.decode(dequantised(levels, self.options.step))
+        decoded = layout.to_vector(image, signs)
+        gains = scales.best_gains(values, decoded, update.spec, exponents)
+        if not gains.any():
+            return b""
+        writer = SymbolWriter()
+        scales.write_scales(writer, exponents, gains)
+        write_latents(writer, levels)
+        return writer.finish()
+
+    def _network(self, context: CodecContext) -> Network:
+        if not context.state.tensors:
+            raise CodecError(
+                f"{self.name} codes with trained networks, and was given none: make them with "
+                "`cgfedllm pretrain`, or take Codec.initial_state, which has learned nothing"
+            )
+        from cgfedllm.codecs.cg.running import network
+
+        def weights() -> dict[str, Float32Array]:
+            self.check_state(context.state, context.spec)
+            return {n: array for n, array in context.state.tensors.items() if n != SIGNS}
+
+        return network(self.design, context.state.hash, weights)
+
+
+@lru_cache(maxsize=16)
+def _initial_state(design: Design, signs: int, seed: int) -> CodecState:
+    from cgfedllm.codecs.cg.beginning import initial_tensors
+
+    tensors: dict[str, NDArray[Any]] = {**initial_tensors(design, seed)}
+    if signs:
+        tensors[SIGNS] = np.ones(signs, np.int8)
+    for array in tensors.values():
+        array.flags.writeable = False  # one object for all who ask
+    return CodecState.of(tensors)

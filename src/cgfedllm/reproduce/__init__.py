@@ -1,0 +1,1 @@
+"""The paper's comparison, from nothing to its table, by one command."""

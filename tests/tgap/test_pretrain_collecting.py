@@ -1,0 +1,208 @@
+"""`cgfedllm pretrain` from nothing: updates are collected on D1, a codec is fitted on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cgfedllm import api
+from cgfedllm.cli import app
+from cgfedllm.config import Config, load_config
+from cgfedllm.data import load_federated_data
+from cgfedllm.errors import (
+    ConfigError,
+    DataError,
+    PrivacyError,
+    RecordingError,
+    RunInterrupted,
+)
+from cgfedllm.report.figures import pretraining as pretraining_figures
+from cgfedllm.runs import RunFolder
+from cgfedllm.tgap.codec_file import load_codec_file
+from cgfedllm.tgap.recording import Recording
+
+MakeConfig = Callable[..., Config]
+SMALL = ("training.local_steps=1", "federation.rounds=3", "tgap.rounds=2", "tgap.epochs=2")
+
+
+@pytest.fixture(autouse=True)
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining_figures, "plot_fit", lambda *_: [])
+
+
+def cli(*args: object) -> Any:
+    return CliRunner().invoke(app, ["pretrain", *map(str, args)])
+
+
+def test_from_a_configuration_to_a_codec_file(
+    pca: str, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    # that of the run that comes after: on D2, with the codec file that is not there yet
+    config = tiny_config(
+        *SMALL, "data.part=d2", f"uplink.name={pca}", "uplink.options={components = 1}",
+        f'uplink.state="{tmp_path / "not-yet"}"', "uplink.adapt_every=1",
+    )  # fmt: skip
+    (tmp_path / "c.toml").write_text(config.to_toml())
+    result = cli(pca, tmp_path / "c.toml")
+    assert result.exit_code == 0, result.output
+    run = RunFolder(config.run_dir.with_name("tiny-tgap"))
+    path = run.path / "codec.safetensors"
+    rows = dict(line.split("  ", 1) for line in result.stdout.splitlines())
+    assert rows["codec file"].strip() == str(path)
+    recording = Recording.open(run.recording_dir)
+    assert (recording.rounds(), len(recording.clients())) == ([1, 2], 3)
+    d1 = load_federated_data(config.data.model_copy(update={"part": "d1"}), config.seed)
+    examples = {entry.client: entry.examples for entry in recording.entries}
+    assert examples == {client.name: len(client.train) for client in d1.clients}
+    file = load_codec_file(path)
+    file.check(recording.spec)
+    assert file.options["components"] == 1  # the configuration's own
+    last = run.records()[-1]
+    assert last.uplink_bytes_total > recording.nbytes  # raw packets, headers too
+    cost = file.card["cost"]
+    assert cost["uplink_bytes"] == last.uplink_bytes_total
+    assert cost["downlink_bytes"] == last.downlink_bytes_total > 0
+    assert cost["collect_seconds"] > 0
+    assert "metrics.jsonl" in cost["basis"]
+    # once more: nothing is trained, nothing is fitted
+    before = path.read_bytes()
+    again = json.loads(cli(pca, tmp_path / "c.toml", "--json").stdout)
+    assert (again["codec_file"], path.read_bytes()) == (str(path), before)
+    # another codec on the same updates, quietly
+    other = cli(
+        f"{pca}:components=3", tmp_path / "c.toml", "-r", run.recording_dir, "--quiet",
+        "--to", tmp_path / "three.safetensors",
+    )  # fmt: skip
+    assert other.stdout == f"{tmp_path / 'three.safetensors'}\n"
+    charged = load_codec_file(tmp_path / "three.safetensors").card["cost"]
+    assert charged["uplink_bytes"] == cost["uplink_bytes"]
+
+
+def test_from_each_clients_own_training(pca: str, tiny_config: MakeConfig) -> None:
+    config = tiny_config(*SMALL, "tgap.collect=local-only", "tgap.rounds=4", "tgap.span=2",
+                         "tgap.validation_rounds=0.5")  # fmt: skip
+    result = api.pretrain(config, pca)
+    card = result.file.card
+    assert card["recordings"][0]["kind"] == "local-only"
+    assert card["recordings"][0]["data"]["part"] == "d1"
+    assert card["splits"]["train"]["rounds"] == [[1, 2]]
+    recording = Recording.open(config.run_dir.with_name("tiny-tgap-local-only") / "recording")
+    assert card["cost"]["uplink_bytes"] == recording.nbytes
+
+
+def test_a_client_too_small_for_d1_is_named(
+    pca: str, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    rows = [{"client": c, "question": f"what {n}", "answer": "so"} for c, n in
+            [("big", n) for n in range(20)] + [("small", 99)]]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny_config(*SMALL, f'data.source="{tmp_path / "rows.jsonl"}"',
+                         "data.partition.min_rows=1")  # fmt: skip
+    with pytest.raises(DataError, match="client 'small' has no row for d1"):
+        api.pretrain(config, pca)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (["tgap.rounds=1"], RecordingError, r"tgap\.rounds = 1.*too few to split"),
+        (["tgap.span=2", "tgap.rounds=8"], ConfigError, r"span = 2.*'federated'"),
+        (["privacy.mechanism=central", "federation.weighting=uniform"], PrivacyError, "central"),
+        (
+            ["privacy.mechanism=local", "tgap.collect=local-only"],
+            PrivacyError,
+            "before any noise, and what a codec learns from them goes to all clients",
+        ),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_anything_is_trained(
+    pca: str,
+    tiny_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: list[str],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setattr(api, "record", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(error, match=message):
+        api.pretrain(tiny_config(*SMALL, *changes), pca)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("federated", "goes on"), ("centralised", "collects")])
+def test_stopped_while_collecting(
+    pca: str, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, kind: str, what: str
+) -> None:
+    asked: list[Any] = []
+
+    def record(config: Config, **options: Any) -> api.RecordingResult:
+        asked.append((config, options))
+        run = api.RunResult(config.run_dir, config.run_dir / "adapter", [], interrupted=True)
+        return api.RecordingResult(run, config.run_dir / "recording")
+
+    monkeypatch.setattr(api, "record", record)
+    with pytest.raises(RunInterrupted, match=f"the same command {what}"):
+        api.pretrain(tiny_config(*SMALL, f"tgap.collect={kind}"), pca)
+    ((config, options),) = asked
+    assert (options["kind"], config.name, config.uplink.name) == (kind, "tiny-tgap", "raw")
+    assert (config.evaluation.heldout, config.evaluation.clients) == (False, False)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    heard: list[Any] = []
+
+    def pretrain(config: Config, codec: str, **options: Any) -> None:
+        heard.append((config, codec, options))
+        raise RunInterrupted("stopped; the same command goes on")
+
+    monkeypatch.setattr(api, "pretrain", pretrain)
+    return heard
+
+
+def test_options(pca: str, calls: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[tgap]\nepochs = 7\n")
+    result = cli(
+        f"{pca}:components=3", tmp_path / "c.toml", "--set", "tgap.span=2", "--name", "n",
+        "--output", tmp_path, "-r", "one", "--recording", "two", "--to", "x.safetensors",
+        "--overwrite",
+    )  # fmt: skip
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
+    ((config, codec, options),) = calls
+    assert (config.tgap.epochs, config.tgap.span, config.run_dir) == (7, 2, tmp_path / "n")
+    assert codec == f"{pca}:components=3"
+    assert options == {
+        "recordings": [Path("one"), Path("two")], "to": Path("x.safetensors"), "overwrite": True,
+    }  # fmt: skip
+
+
+def test_without_a_configuration_a_recording_gives_the_name(
+    pca: str, calls: list[Any], write: Callable[..., Path]
+) -> None:
+    cli(pca, "-r", write("r", config=load_config(None, ["name=medquad"])))
+    assert calls[0][0].name == "medquad"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["int8"], "learns nothing"),
+        (["test-pc"], "did you mean 'test-pca'"),
+        (["test-pca", "--quiet", "--json"], "exclude each other"),
+        (["test-pca", "--set", "tgap.sampling=steps"], "tgap.sampling"),
+        (["test-pca", "--set", "tgap.validation_rounds=1.0"], "tgap.validation_rounds"),
+    ],
+)
+def test_usage_errors(pca: str, calls: list[Any], args: list[str], message: str) -> None:
+    result = cli(*args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert calls == []
