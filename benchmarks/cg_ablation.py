@@ -30,7 +30,7 @@ from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec
 from cgfedllm.tgap.recording import Recording
 
 SHORT = 12
-LONG = 100
+LONG = 60
 JUDGED_ROUNDS = 2
 # name of the comparison: options that are tried
 ABLATION: dict[str, list[dict[str, Any]]] = {

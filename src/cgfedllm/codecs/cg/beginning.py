@@ -1,9 +1,10 @@
 """Weights before anything is learned, the same on every machine.
 
-Convolutions are drawn uniformly with the variance that keeps that of their input through a ReLU (He
-et al., arXiv 1502.01852). Updates are nearly noise to a convolution: from there, networks first
-learn to say zero and stay there long. Where nothing is printed they begin as a linear code instead,
-the decoder being the encoder's transpose, for which every step is worth its while:
+Printed networks begin as torch's own do: weights of a convolution are uniform up to one over the
+root of the number of its inputs, either way. Updates are nearly noise to a convolution: from there,
+networks first learn to say zero and stay there long. Fair ones begin as a linear code, the decoder
+being the encoder's transpose, for which every step is worth its while. Their convolutions keep the
+variance of their inputs through a ReLU (He et al., arXiv 1502.01852), and
 
 - transposed convolutions have the weights of their counterparts;
 - residual blocks do little, the first and the last convolution nothing;
@@ -22,6 +23,7 @@ from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.cg.design import Design
 from cgfedllm.codecs.cg.nets import AutoEncoder, Prior, Residual, blank
 from cgfedllm.codecs.cg.onechannel import OneChannel
+from cgfedllm.codecs.entropy import Float64Array
 from cgfedllm.seeding import generator
 
 Tensors = dict[str, Float32Array]
@@ -44,7 +46,8 @@ def initial_tensors(design: Design, seed: int) -> Tensors:
             for key, value in values.items():
                 tensors[f"{name}.{key}"] = np.full(module.num_features, value, np.float32)
         elif isinstance(module, _Convolution | OneChannel):
-            tensors[f"{name}.weight"] = _drawn(module, name, seed)
+            gain = 1 if design.bounded else math.sqrt(6)
+            tensors[f"{name}.weight"] = (gain * _drawn(module, name, seed)).astype(np.float32)
             if module.bias is not None:
                 tensors[f"{name}.bias"] = np.zeros(tuple(module.bias.shape), np.float32)
         elif isinstance(module, Prior):
@@ -55,13 +58,13 @@ def initial_tensors(design: Design, seed: int) -> Tensors:
     return tensors
 
 
-def _drawn(convolution: nn.Module, name: str, seed: int) -> Float32Array:
+def _drawn(convolution: nn.Module, name: str, seed: int) -> Float64Array:
     # of a generator's bytes and correctly rounded steps alone
     weight = cast(Tensor, convolution.weight)
     drawn = generator(seed, "cg", name).bytes(4 * weight.numel())
     unit = np.frombuffer(drawn, "<u4") / 2.0**31 - 1
-    values = math.sqrt(6 / _inputs(convolution)) * unit
-    return values.astype(np.float32).reshape(tuple(weight.shape))
+    values: Float64Array = unit / math.sqrt(_inputs(convolution))
+    return values.reshape(tuple(weight.shape))
 
 
 def _inputs(convolution: nn.Module) -> int:

@@ -88,7 +88,9 @@ class AutoEncoderOptions(CodecOptions):
     )
     batch_size: int = Field(default=1, ge=1, description="Updates an optimiser step learns from.")
     adapt_steps: int = Field(
-        default=4, ge=0, description="Optimiser steps on each round's decoded updates (FAF)."
+        default=4,
+        ge=0,
+        description="Optimiser steps on what was decoded (FAF), each on up to eight updates.",
     )
     adapt_lr: float = Field(
         default=2e-5,

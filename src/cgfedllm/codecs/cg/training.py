@@ -49,6 +49,8 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _TILE = {1: 4096, 2: 8}
 # updates that an epoch is judged by, spread evenly over the validation updates
 _JUDGED = 8
+# most updates that a step of adapting learns from; the next ones are the next step's
+_ADAPTED = 8
 # updates that signs are learned from
 _ALIGNED = 32
 # the learning rate of a fair fit falls to half in so many epochs, to a third in twice as many
@@ -68,7 +70,8 @@ def fit(
     """See `LearnedCodec.fit`.
 
     Epochs are judged by their packets for at most 8 of the validation updates, spread evenly: by
-    squared error over energy, for the fair preset plus lambda times bits a parameter.
+    squared error over energy, for the fair preset plus lambda times bits a parameter. The same
+    updates, settings and number of threads give the same state.
     """
     if not len(train) or not len(validation):
         what = "learn from" if not len(train) else "validate with"
@@ -131,7 +134,7 @@ def adapt(
         trainer.hold_statistics()
         noise = torch.Generator().manual_seed(derive_seed(seed, "cg", "adapt", round))
         rng = generator(seed, "cg", "adapt", round)
-        batch = min(codec.options.batch_size, len(updates))
+        batch = min(_ADAPTED, len(updates))
         for step in range(codec.options.adapt_steps):
             chosen = [updates[(step * batch + at) % len(updates)] for at in range(batch)]
             trainer.step(chosen, rng, noise)
