@@ -6,7 +6,8 @@
 Rounds are split in order: the first half to learn from, then two to judge epochs by, the rest to
 measure on. First a few short fits of `cg_resnet`, fair preset, that differ in one thing at a time;
 then every network in both presets, longer, with what was best as the default. One thread. Sums over
-updates are divided once: no mean of decibels.
+updates are divided once: no mean of decibels. Rows that the results file has already are left as
+they are; delete it to measure all of them anew.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from common import write_result
+from common import RESULTS, write_result
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.analysis.fidelity import Fidelity
@@ -42,7 +44,14 @@ ABLATION: dict[str, list[dict[str, Any]]] = {
     "signs of rank vectors": [{"align_signs": False}],
     "slope of rectifiers": [{"slope": slope} for slope in (0.0, 0.5, 1.0)],
 }
-NETWORKS = ("cg_resnet", "cg_unet", "cg_cnn")
+NETWORKS: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (name, {"preset": preset})
+        for preset in ("fair", "printed")
+        for name in ("cg_resnet", "cg_unet", "cg_cnn")
+    ),
+    ("cg_resnet", {"preset": "printed", "normalise": False}),
+]
 
 
 class InMemory:
@@ -68,22 +77,12 @@ Parts = tuple[InMemory, InMemory, InMemory]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recording")
-    parser.add_argument("--short", type=int, default=SHORT, help="epochs of the comparisons")
-    parser.add_argument("--long", type=int, default=LONG, help="most epochs of the others")
-    parser.add_argument("--dry", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     recording = Recording.open(arguments.recording)
     rounds = recording.rounds()
     half = len(rounds) // 2
     split = rounds[:half], rounds[half : half + JUDGED_ROUNDS], rounds[half + JUDGED_ROUNDS :]
     parts = tuple(InMemory(recording.select(rounds=own)) for own in split)
-    rows = []
-    for what, tried in ABLATION.items():
-        for options in tried:
-            rows.append({"compared": what, **measure("cg_resnet", options, parts, arguments.short)})
-    for name in NETWORKS:
-        for preset in ("fair", "printed"):
-            rows.append(measure(name, {"preset": preset}, parts, arguments.long))
     content = {
         "what": __doc__.split("\n")[0],
         "recording": {
@@ -93,10 +92,22 @@ def main() -> None:
             "rounds": dict(zip(("fit", "judged", "measured"), split, strict=True)),
             "updates": [len(part) for part in parts],
         },
-        "results": rows,
     }
-    if not arguments.dry:
-        print(write_result("cg_ablation", content))
+    done = RESULTS / "cg_ablation.json"
+    rows: list[dict[str, Any]] = json.loads(done.read_text())["results"] if done.exists() else []
+    for row in planned():
+        if not any(row.items() <= old.items() for old in rows):
+            rows.append({**row, **measure(row["codec"], row["options"], parts, row["most_epochs"])})
+            write_result("cg_ablation", {**content, "results": rows})
+
+
+def planned() -> Iterator[dict[str, Any]]:
+    for what, tried in ABLATION.items():
+        for options in tried:
+            row = {"compared": what, "codec": "cg_resnet", "options": options}
+            yield {**row, "most_epochs": SHORT}
+    for name, options in NETWORKS:
+        yield {"codec": name, "options": options, "most_epochs": LONG}
 
 
 def measure(name: str, options: dict[str, Any], parts: Parts, epochs: int) -> dict[str, Any]:
@@ -112,14 +123,12 @@ def measure(name: str, options: dict[str, Any], parts: Parts, epochs: int) -> di
     state = codec.fit(train, judged, FitSettings(epochs=epochs), on_epoch=told)
     fit_seconds = time.process_time() - start
     row = {
-        "codec": name,
-        "options": options,
         "epochs": len(last[0].curve),
         "best_epoch": last[0].best,
         "fit_processor_seconds": round(fit_seconds, 1),
         **outcome(codec, state, measured),
     }
-    print(row, flush=True)
+    print(name, options, row, flush=True)
     return row
 
 

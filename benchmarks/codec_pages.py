@@ -58,12 +58,17 @@ class Numbers:
         self.speed = _json("codec_speed.json").get("results", [])
         summary = _json("compare_medquad.json")["summary"]
         self.closed = {row["candidate"]: row for row in summary if row["final_nll"]["n"]}
+        self.auto_encoders = _json("cg_ablation.json").get("results", [])
 
     def block(self, name: str) -> str:
         if name == "structure":
             return self._structure()
         if name == "closed loop":
             return self._closed_loop()
+        if name == "auto-encoders":
+            return self._auto_encoders([row for row in self.auto_encoders if "compared" not in row])
+        if name == "auto-encoders, one thing at a time":
+            return self._auto_encoders([row for row in self.auto_encoders if "compared" in row])
         return self._codec(name)
 
     def _codec(self, name: str) -> str:
@@ -129,6 +134,22 @@ class Numbers:
         heads = ["bpp", "fewer", "held-out NLL", "against raw", *rounds, "seeds"]
         return _table(heads, rows, first="codec")
 
+    def _auto_encoders(self, rows: list[dict[str, Any]]) -> str:
+        heads = ["bpp", "SNR", "cosine", "of another update", "encode / decode", "epochs"]
+        cells = [
+            [
+                f"`{row['codec']}`, {_options(row['options'])}",
+                f"{row['bits_per_parameter']:.3g}",
+                f"{row['snr_db']:.2f} dB",
+                f"{row['cosine']:.2f}",
+                f"{row['swapped_snr_db']:.2f} dB",
+                f"{row['encode_ms']:.0f} / {row['decode_ms']:.0f} ms",
+                f"{row['best_epoch']} of {row['epochs']}",
+            ]
+            for row in rows
+        ]
+        return _table(heads, cells, first="what")
+
     def _structure(self) -> str:
         recordings = list(dict.fromkeys(row["recording"] for row in self.facts))
         rows = []
@@ -147,9 +168,14 @@ class Numbers:
 
 
 def _label(row: Row) -> str:
-    options = {k: v for k, v in json.loads(row["options"]).items() if k != "bpp"}
-    values = ",".join(f"{key}={json.dumps(value).strip(chr(34))}" for key, value in options.items())
+    values = _options({k: v for k, v in json.loads(row["options"]).items() if k != "bpp"}, ",")
     return f"{row['codec']}:{values}" if values else row["codec"]
+
+
+def _options(options: dict[str, Any], between: str = ", ") -> str:
+    return between.join(
+        f"{key}={json.dumps(value).strip(chr(34))}" for key, value in options.items()
+    )
 
 
 def _rate(row: Row) -> float | None:

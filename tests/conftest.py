@@ -14,11 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cgfedllm.config import Config, load_config
+
+# the same examples everywhere, and no test that fails because a machine was busy
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -27,7 +27,8 @@ def test_every_block_names_a_codec_or_a_table(pages) -> None:  # type: ignore[no
 
     page = pages.PAGE.read_text(encoding="utf-8")
     names = [match[2] for match in pages.BLOCK.finditer(page)]
-    assert set(names) <= {*codec_names(), "structure", "closed loop"}
+    tables = {"structure", "closed loop", "auto-encoders", "auto-encoders, one thing at a time"}
+    assert set(names) <= {*codec_names(), *tables}
     assert len(names) == len(set(names)) == page.count("<!-- numbers: ")
 
 

@@ -422,7 +422,7 @@ class TgapConfig(Section):
     """Share of the rounds, the latest, that is kept for validation."""
     validation_clients: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the clients, drawn at random, that is kept for validation; 0: none."""
-    epochs: Positive = 200
+    epochs: Positive = 100
     """Most passes over the training updates."""
     patience: Positive = 20
     """Stop after so many passes in a row without a better fidelity on the validation updates."""

@@ -14,7 +14,7 @@ import pytest
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, make_codec
 from cgfedllm.codecs.cg import latents, scales
-from cgfedllm.codecs.cg.codec import SIGNS, AutoEncoderCodec
+from cgfedllm.codecs.cg.codec import SCALE, SIGNS, AutoEncoderCodec
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter, bits_of_levels
 from cgfedllm.codecs.packet import HEADER_SIZE, Packet
 from cgfedllm.errors import CodecError, CodecStateError, PacketError
@@ -224,6 +224,7 @@ def test_a_damaged_state_is_refused() -> None:
         ({"preset": "printed", "step": 0.5}, "step"),
         ({"preset": "printed", "align_signs": False}, "align_signs"),
         ({"latent_dtype": "bfloat16"}, "latent_dtype"),
+        ({"normalise": False}, "normalise"),
         ({"preset": "best"}, "preset"),
         ({"stages": 0}, "stages"),
     ],
@@ -280,6 +281,29 @@ def test_signs_of_rank_vectors_turn_them_over() -> None:
     found = codec.decode(codec.encode(other, turned), turned).vector
     back = layout.to_vector(layout.to_image(through(codec, update).vector, signs))
     np.testing.assert_array_equal(found, back)
+
+
+def test_what_a_printed_state_takes_for_one_scales_what_goes_in_and_comes_out() -> None:
+    codec, update = made(preset="printed"), normal()
+    context = context_of(codec)
+    larger = CodecState.of({**context.state.tensors, SCALE: np.full(1, 2.0**9, np.float32)})
+    scaled, other = update.scaled(2.0**9), replace(context, state=larger)
+    payloads = [
+        Packet.from_bytes(codec.encode(own, where)).payload
+        for own, where in ((update, context), (scaled, other))
+    ]
+    assert payloads[0] == payloads[1]
+    found = codec.decode(codec.encode(scaled, other), other)
+    np.testing.assert_array_equal(found.vector, through(codec, update).scaled(2.0**9).vector)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_state_that_takes_nothing_for_one_is_refused(scale: float) -> None:
+    codec = made(preset="printed")
+    tensors = dict(codec.initial_state(SPEC).tensors)
+    state = CodecState.of({**tensors, SCALE: np.full(1, scale, np.float32)})
+    with pytest.raises(CodecStateError, match="not above 0"):
+        codec.encode(normal(), CodecContext(SPEC, 1, state=state))
 
 
 def test_states_do_not_get_mixed_up() -> None:

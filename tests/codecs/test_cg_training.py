@@ -9,7 +9,7 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, make_codec
-from cgfedllm.codecs.cg.codec import SIGNS, AutoEncoderCodec
+from cgfedllm.codecs.cg.codec import SCALE, SIGNS, AutoEncoderCodec
 from cgfedllm.codecs.learned import FitProgress, FitSettings
 from cgfedllm.errors import CodecStateError
 
@@ -76,7 +76,7 @@ def test_an_auto_encoder_learns_an_update_by_heart_if_its_rate_allows_it() -> No
 @pytest.mark.parametrize("preset", ["printed", "fair"])
 def test_every_network_learns(name: str, preset: str) -> None:
     codec = made(name, preset=preset, width=4, lr=1e-2)
-    train = Listed(update.scaled(100) for update in updates(2))  # printed knows no scale
+    train = updates(2)
     rows: list[dict[str, float]] = []
     codec.fit(
         train,
@@ -109,6 +109,15 @@ def test_signs_are_learned_if_asked_for() -> None:
     assert set(signs.tolist()) == {-1, 1}
     assert SIGNS not in made(align_signs=False).fit(train, train, settings).tensors
     assert SIGNS not in made(preset="printed").fit(train, train, settings).tensors
+
+
+def test_printed_networks_take_the_largest_magnitude_for_one() -> None:
+    train, settings = updates(3), FitSettings(epochs=1)
+    largest = max(np.abs(update.vector).max() for update in train)
+    assert made(preset="printed").fit(train, train, settings).tensors[SCALE].tolist() == [largest]
+    as_it_is = made(preset="printed", normalise=False)
+    assert SCALE not in as_it_is.fit(train, train, settings).tensors
+    assert SCALE not in made().fit(train, train, settings).tensors
 
 
 def test_the_state_that_did_best_is_returned() -> None:

@@ -28,7 +28,7 @@ KINDS = st.sampled_from(["natural", "files", "iid", "dirichlet", "quantity"])
 
 
 @given(LABELS, KINDS, st.integers(0, 2**32), st.sampled_from([0.05, 0.5, 100.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_row_goes_to_exactly_one_client(labels, kind, seed, alpha):
     options = {} if kind in ("natural", "files") else {"clients": 3}
     partition = divide(labels, seed, kind=kind, alpha=alpha, **options)
@@ -41,7 +41,7 @@ def test_every_row_goes_to_exactly_one_client(labels, kind, seed, alpha):
 
 
 @given(st.integers(1, 12), st.integers(1, 9), KINDS, st.integers(0, 999))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_min_rows_holds_or_there_is_an_error(clients, min_rows, kind, seed):
     labels = ["x", "y", "y", "z"] * 15
     options = {} if kind in ("natural", "files") else {"clients": clients}

@@ -48,7 +48,7 @@ def parts_of(split: Split) -> dict[str, list[int]]:
 
 
 @given(federations(), CONFIGS, st.integers(0, 2**32), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_row_once_and_no_content_on_two_sides(federation, config, seed, external):
     clients, keys = federation
     reserved = {bytes([content]) for content in range(10)} if external else None
@@ -162,7 +162,7 @@ def test_shares_that_leave_nothing_for_training_are_refused():
 
 
 @given(federations(), st.floats(0.01, 1.0), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_d1_and_d2_share_no_content_anywhere(federation, share, seed):
     clients, keys = federation
     divided = divide_training(clients, keys, share, seed)

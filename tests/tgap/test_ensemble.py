@@ -63,7 +63,7 @@ def partial_recording(folder: Path, seed: int, rounds: int, clients: int) -> Pat
     stride=st.integers(1, 3),
     sampling=st.sampled_from(["uniform", "rounds", "clients"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_nothing_leaks(
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,

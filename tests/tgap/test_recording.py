@@ -95,7 +95,7 @@ def test_reading_one_update_takes_the_memory_of_one(tmp_path: Path) -> None:
     assert one <= peak < 4 * one
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     weights=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=5),
     seed=st.integers(0, 2**32 - 1),

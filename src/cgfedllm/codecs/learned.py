@@ -53,7 +53,7 @@ class FitSettings:
         Of everything random in it.
     """
 
-    epochs: int = 200
+    epochs: int = 100
     patience: int = 20
     seed: int = 0
 

@@ -2,7 +2,8 @@
 
 ::
 
-    printed   update --stack--> image --encoder--> latent, floats --decoder, Tanh--> image
+    printed   update / one scale --stack--> image --encoder--> latent, floats
+              --decoder, Tanh--> image * scale
     fair      update / scale of each factor --signs, layout--> image --encoder--> latent
               --round--> integers --range coder--> packet
               --decoder--> image * gain of each kind of factor * scale of each factor
@@ -47,13 +48,17 @@ from cgfedllm.codecs.cg.options import AutoEncoderOptions
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
 from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
 from cgfedllm.codecs.parts.rows import count_rows
-from cgfedllm.errors import CodecError
+from cgfedllm.errors import CodecError, CodecStateError
 
 if TYPE_CHECKING:
     from cgfedllm.codecs.cg.running import Network
 
 SIGNS = "layout.signs"
-"""Name of the state's signs of rank vectors; all other arrays are the networks'."""
+"""Name of the state's signs of rank vectors."""
+SCALE = "input.scale"
+"""Name of what printed networks take for 1, shape (1,)."""
+BESIDE = (SIGNS, SCALE)
+"""Names of the arrays of a state that are not the networks'."""
 
 
 class AutoEncoderCodec(LearnedCodec):
@@ -100,7 +105,19 @@ class AutoEncoderCodec(LearnedCodec):
 
     def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
         """Random weights, no rank vector turned over; the same on every machine."""
-        return _initial_state(self.design, self.sign_count(spec), seed)
+        return _initial_state(self.design, self.sign_count(spec), self.scaled, seed)
+
+    def check_state(self, state: CodecState, spec: AdapterSpec) -> None:
+        """See `LearnedCodec.check_state`; a scale is also refused that nothing can be divided by.
+
+        Raises
+        ------
+        CodecStateError
+            If the state is not of this codec, these options and this adapter, or is damaged.
+        """
+        super().check_state(state, spec)
+        if self.scaled and not state.tensors[SCALE][0] > 0:
+            raise CodecStateError(f"the state is damaged: {SCALE!r} is not above 0")
 
     def fit(
         self,
@@ -128,6 +145,11 @@ class AutoEncoderCodec(LearnedCodec):
 
         return adapt(self, state, updates, round, seed)
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the state holds a scale."""
+        return self.options.printed and self.options.normalise
+
     def sign_count(self, spec: AdapterSpec) -> int:
         """Rank vectors that have a sign in the state; 0 if none has."""
         aligned = self.options.align_signs and not self.options.printed
@@ -137,7 +159,7 @@ class AutoEncoderCodec(LearnedCodec):
         network = self._network(context)
         layout = self.layout(context.spec)
         if self.options.printed:
-            latents = network.encode(layout.to_image(update.vector))
+            latents = network.encode(layout.to_image(update.vector / scale_of(context.state)))
             return pack_floats(latents, self.options.latent_dtype)
         return self._encode_fair(update, network, layout, context.state.tensors.get(SIGNS))
 
@@ -152,7 +174,8 @@ class AutoEncoderCodec(LearnedCodec):
         shapes = self.latent_shapes(context.spec)
         if self.options.printed:
             latents = unpack_floats(payload, shapes, self.options.latent_dtype)
-            return layout.to_vector(network.decode(changed(latents, change)))
+            image = network.decode(changed(latents, change))
+            return layout.to_vector(image) * scale_of(context.state)
         if not payload:
             return np.zeros(context.spec.size, np.float32)
         reader = SymbolReader(payload)
@@ -189,18 +212,25 @@ class AutoEncoderCodec(LearnedCodec):
 
         def weights() -> dict[str, Float32Array]:
             self.check_state(context.state, context.spec)
-            return {n: array for n, array in context.state.tensors.items() if n != SIGNS}
+            return {n: array for n, array in context.state.tensors.items() if n not in BESIDE}
 
         return network(self.design, context.state.hash, weights)
 
 
+def scale_of(state: CodecState) -> np.float32:
+    """What a printed network's input is divided by, and its output multiplied with."""
+    return np.float32(state.tensors[SCALE][0]) if SCALE in state.tensors else np.float32(1)
+
+
 @lru_cache(maxsize=16)
-def _initial_state(design: Design, signs: int, seed: int) -> CodecState:
+def _initial_state(design: Design, signs: int, scaled: bool, seed: int) -> CodecState:
     from cgfedllm.codecs.cg.beginning import initial_tensors
 
     tensors: dict[str, NDArray[Any]] = {**initial_tensors(design, seed)}
     if signs:
         tensors[SIGNS] = np.ones(signs, np.int8)
+    if scaled:
+        tensors[SCALE] = np.ones(1, np.float32)
     for array in tensors.values():
         array.flags.writeable = False  # one object for all who ask
     return CodecState.of(tensors)

@@ -13,7 +13,7 @@ from cgfedllm.codecs.cg.layout import LayoutName, Order
 Preset = Literal["printed", "fair"]
 
 _OWN: dict[Preset, tuple[str, ...]] = {
-    "printed": ("latent_dtype",),
+    "printed": ("normalise", "latent_dtype"),
     "fair": ("step", "lam", "slope", "align_signs"),
 }
 # the paper does not say in which order it stacks; its learning rate is 2e-4
@@ -41,6 +41,11 @@ class AutoEncoderOptions(CodecOptions):
         default=True,
         description="Fair only: learn which rank vectors to turn over so that neighbours in the "
         "image look alike.",
+    )
+    normalise: bool = Field(
+        default=True,
+        description="Printed only: the largest magnitude of the updates it is fitted on counts as "
+        "1, the largest value that Tanh can give; the paper does not say. False: all as it is.",
     )
     latent_dtype: LatentType = Field(
         default="float32",

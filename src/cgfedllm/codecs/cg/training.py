@@ -28,7 +28,7 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import CodecContext, CodecState
 from cgfedllm.codecs.cg import scales
 from cgfedllm.codecs.cg.alignment import aligned
-from cgfedllm.codecs.cg.codec import SIGNS
+from cgfedllm.codecs.cg.codec import BESIDE, SCALE, SIGNS, scale_of
 from cgfedllm.codecs.cg.nets import with_tensors
 from cgfedllm.codecs.cg.running import one_thread
 from cgfedllm.codecs.learned import Array, FitProgress, FitSettings, OnEpoch, Updates
@@ -88,7 +88,11 @@ def fit(
         best = dict(codec.initial_state(train.spec, settings.seed).tensors)
         if codec.sign_count(train.spec):
             best[SIGNS] = aligned(codec.layout(train.spec), _normalised(train))
+        if codec.scaled:
+            best[SCALE] = np.array([max(np.abs(own.vector).max() for own in train)], np.float32)
         trainer = Trainer(codec, train.spec, best, energy, codec.options.chosen_lr)
+        if codec.options.printed:
+            trainer.begin_statistics(train[0])
         curve, chosen = [], 0
     else:
         trainer = _resumed(codec, train, resume, identity, energy)
@@ -174,17 +178,34 @@ class Trainer:
         self._tiles = _tiles(self._layout.shape, codec.design.stride)
         self._lr = lr
         self._root_energy = math.sqrt(energy)
-        self._signs = tensors.get(SIGNS)
-        own = {name: array for name, array in tensors.items() if name != SIGNS}
+        self._beside = {name: tensors[name] for name in BESIDE if name in tensors}
+        self._signs = self._beside.get(SIGNS)
+        self._scale = scale_of(CodecState(tensors=self._beside))
+        own = {name: array for name, array in tensors.items() if name not in BESIDE}
         self._net = with_tensors(codec.design, own).train()
         # fused: one pass over all weights, instead of several over each of a hundred small arrays
         self._adam = torch.optim.Adam(self._net.parameters(), lr, fused=True)
 
+    def begin_statistics(self, update: AdapterUpdate) -> None:
+        """Begin with the means and variances of batch normalisation that an update has.
+
+        From torch's 0 and 1 they take epochs to arrive at those of values that are a thousand times
+        smaller. Until then little gets through, and of a network that has learned nothing the
+        least is the best: such an epoch would be the one that is kept.
+        """
+        image = _stacked([self._printed_image(update)])
+        momenta = [(norm, norm.momentum) for norm in self._norms()]
+        for norm, _ in momenta:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            self._net.decoder(self._net.encoder(image))
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+
     def hold_statistics(self) -> None:
         """Leave the means and variances of batch normalisation alone from here on."""
-        for module in self._net.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.eval()
+        for norm in self._norms():
+            norm.eval()
 
     def epoch(self, train: Updates, epoch: int, seed: int) -> float:
         """One tile of every update; the mean loss of a step.
@@ -232,9 +253,7 @@ class Trainer:
         found: Tensors = {
             name: tensor.detach().numpy().copy() for name, tensor in self._net.state_dict().items()
         }
-        if self._signs is not None:
-            found[SIGNS] = self._signs
-        return found
+        return found | self._beside
 
     def memory(self) -> Tensors:
         """Everything needed to go on: the state and the optimiser's moments."""
@@ -251,9 +270,16 @@ class Trainer:
                 key: torch.from_numpy(np.array(memory[f"adam.{key}.{name}"])) for key in _MOMENTS
             }
 
+    def _norms(self) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+        kinds = nn.BatchNorm1d | nn.BatchNorm2d
+        return [module for module in self._net.modules() if isinstance(module, kinds)]
+
     def _printed_loss(self, updates: Sequence[AdapterUpdate], tile: Tile) -> Tensor:
-        images = _stacked([self._layout.to_image(update.vector)[tile] for update in updates])
+        images = _stacked([self._printed_image(update)[tile] for update in updates])
         return functional.mse_loss(self._net.decoder(self._net.encoder(images)), images)
+
+    def _printed_image(self, update: AdapterUpdate) -> Float32Array:
+        return self._layout.to_image(update.vector / self._scale)
 
     def _fair_loss(
         self, updates: Sequence[AdapterUpdate], tile: Tile, noise: torch.Generator
