@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -441,6 +441,10 @@ class EvaluationConfig(Section):
     """Also evaluate on every client's own validation rows (the clients do it, on their side)."""
     batch_size: Positive = 8
     """Rows in one forward pass."""
+
+    def due(self, round: int, ends: Collection[int]) -> bool:
+        """Whether a round is evaluated; `ends` are always."""
+        return round in ends or (self.every > 0 and round % self.every == 0)
 
 
 class PrivacyConfig(Section):

@@ -359,8 +359,8 @@ class Server:
     def _evaluate(self, record: RoundRecord) -> None:
         evaluation = self._config.evaluation
         # before and after a flush too, so that its worth is seen
-        ends = record.round in (0, self._config.federation.rounds, self._config.last_round)
-        if not ends and (evaluation.every == 0 or record.round % evaluation.every):
+        ends = (0, self._config.federation.rounds, self._config.last_round)
+        if not evaluation.due(record.round, ends):
             return
         heldout = self._workspace.examples(None, "heldout") if evaluation.heldout else []
         if heldout:

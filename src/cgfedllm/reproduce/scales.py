@@ -32,7 +32,7 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("small", ("small",), per_subject=8),
+        Scale("small", ("small",), per_subject=5),
         Scale("paper", ("llama-dolly", "llama-ceval", "qwen-mmlu"), per_subject=None),
     )
 }

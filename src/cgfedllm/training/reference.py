@@ -28,7 +28,7 @@ def train_centralised(workspace: Workspace, sink: Sink) -> AdapterUpdate:
 
     It takes as many optimiser steps as all clients of the federated run together, so it sees as
     many rows; its optimiser is never reset, as in ordinary training. After every share of steps
-    that corresponds to a federated round it is evaluated and handed to `sink`.
+    that corresponds to a federated round it is handed to `sink`, evaluated where one would be.
 
     Parameters
     ----------
@@ -152,12 +152,13 @@ def _evaluated(
     """Record of a state: one adapter for all clients (under ""), or one for each."""
     training_seconds = time.perf_counter() - began
     evaluating = time.perf_counter()
-    record = RoundRecord(round=round_)
-    heldout = workspace.examples(None, "heldout") if workspace.config.evaluation.heldout else []
+    record, evaluation = RoundRecord(round=round_), workspace.config.evaluation
+    due = evaluation.due(round_, (0, workspace.config.federation.rounds))
+    heldout = workspace.examples(None, "heldout") if due and evaluation.heldout else []
     if heldout:
         values = [_nll(workspace, a, heldout, "held-out") for a in adapters.values()]
         record.heldout_nll = sum(values) / len(values)
-    for client in workspace.data.clients:
+    for client in workspace.data.clients if due and evaluation.clients else ():
         validation = workspace.examples(client, "validation")
         if validation:
             adapter = adapters.get(client.name, next(iter(adapters.values())))
