@@ -1,4 +1,4 @@
-"""The numbers in docs/codecs.md are those of the result files."""
+"""The numbers in docs/codecs.md and docs/paper.md are those of the result files."""
 
 import sys
 from pathlib import Path
@@ -17,9 +17,23 @@ def pages(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     del sys.modules["codec_pages"]
 
 
-def test_the_page_is_up_to_date(pages) -> None:  # type: ignore[no-untyped-def]
+@pytest.fixture
+def paper(pages):  # type: ignore[no-untyped-def]
+    import paper_page
+
+    yield paper_page
+    del sys.modules["paper_page"]
+
+
+def test_the_page_of_codecs_is_up_to_date(pages) -> None:  # type: ignore[no-untyped-def]
     page = pages.PAGE.read_text(encoding="utf-8")
     assert pages.filled(page) == page, "run `python benchmarks/codec_pages.py`"
+
+
+def test_the_page_of_the_paper_is_up_to_date(paper) -> None:  # type: ignore[no-untyped-def]
+    page = paper.PAGE.read_text(encoding="utf-8")
+    assert paper.filled(page) == page, "run `python benchmarks/paper_page.py`"
+    assert page.count("<!-- numbers: ") == 3
 
 
 def test_every_block_names_a_codec_or_a_table(pages) -> None:  # type: ignore[no-untyped-def]
@@ -32,8 +46,9 @@ def test_every_block_names_a_codec_or_a_table(pages) -> None:  # type: ignore[no
     assert len(names) == len(set(names)) == page.count("<!-- numbers: ")
 
 
-def test_figures_of_the_page_exist(pages) -> None:  # type: ignore[no-untyped-def]
+def test_figures_of_the_pages_exist(pages, paper) -> None:  # type: ignore[no-untyped-def]
     import re
 
-    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", pages.PAGE.read_text(encoding="utf-8")):
-        assert (pages.PAGE.parent / target).resolve().is_file(), target
+    for page in (pages.PAGE, paper.PAGE):
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).resolve().is_file(), target

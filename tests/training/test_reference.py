@@ -198,3 +198,13 @@ def test_without_held_out_rows_only_the_clients_are_measured(run, train):
     done = run(train, "data.splits.heldout=0", "federation.rounds=1")
     assert all(record.heldout_nll is None for record in done.records)
     assert all(set(record.client_nll) == set(CLIENTS) for record in done.records)
+
+
+@both
+@pytest.mark.parametrize(("every", "wanted"), [(0, [0, 5]), (2, [0, 2, 4, 5])])
+def test_it_is_evaluated_as_often_as_a_run_and_at_both_ends(run, train, every, wanted):
+    settings = ("training.local_steps=1", "federation.rounds=5", "evaluation.clients=false")
+    records = run(train, *settings, f"evaluation.every={every}").records
+    assert [record.round for record in records] == list(range(6))
+    assert [record.round for record in records if record.heldout_nll is not None] == wanted
+    assert not any(record.client_nll for record in records)

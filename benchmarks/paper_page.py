@@ -1,0 +1,84 @@
+"""Put the numbers of `cgfedllm reproduce paper` into docs/paper.md.
+
+    python benchmarks/paper_page.py
+    python benchmarks/paper_page.py --check
+
+They come from benchmarks/results/paper/paper.json and cg_ablation.json; blocks are marked as in
+docs/codecs.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from codec_pages import BLOCK, ROOT, _json, _table
+
+PAGE = ROOT / "docs" / "paper.md"
+BENCHMARKS = {"ceval": "C-Eval", "mmlu": "MMLU"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
+    options = parser.parse_args()
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before)
+    if options.check:
+        sys.exit("docs/paper.md is out of date" if before != after else 0)
+    PAGE.write_text(after, encoding="utf-8")
+
+
+def filled(page: str) -> str:
+    """The page with every block written anew."""
+    rows = _json("paper/paper.json")["rows"]
+    blocks = {"losses": _losses(rows), **{b: _accuracies(rows, b) for b in BENCHMARKS}}
+    return BLOCK.sub(lambda m: m[1] + blocks[m[2]] + m[3], page)
+
+
+def _losses(rows: list[dict[str, Any]]) -> str:
+    nll = {row["key"]: row["heldout_nll"] for row in rows}
+    heads = ["held-out NLL", "gain kept", "uplink", "fewer than fp32", "bpp", "SNR", "cosine"]
+    lines = []
+    for row in rows:
+        kept = (nll["base"] - row["heldout_nll"]) / (nll["base"] - nll["fedavg"])
+        sent = row["uplink_bytes"]
+        lines.append(
+            [
+                row["label"],
+                f"{row['heldout_nll']:.4f}",
+                "" if row["key"] == "base" else f"{100 * kept:.0f} %".replace("-0 %", "0 %"),
+                f"{sent / 1e6:.3g} MB" if sent else "",
+                f"{row['times_fewer']:.0f}x" if row["times_fewer"] else "",
+                f"{row['bpp']:.3g}" if row["bpp"] else "",
+                "" if row["snr_db"] is None else f"{row['snr_db']:.2f} dB",
+                "" if row["cosine"] is None else f"{row['cosine']:.2f}",
+            ]
+        )
+    return _table(heads, lines, first="row")
+
+
+def _accuracies(rows: list[dict[str, Any]], benchmark: str) -> str:
+    """Per cent right by group, and the paired difference of the average to the base model's."""
+    asked = [row for row in rows if benchmark in row["benchmarks"]]
+    groups = [score["name"] for score in asked[0]["benchmarks"][benchmark]["groups"]]
+    lines = []
+    for row in asked:
+        result = row["benchmarks"][benchmark]
+        cells = [_accuracy(score) for score in result["groups"]]
+        paired = [s for s in result["differences_to_base"] if s["name"].startswith("average")]
+        letters = " ".join(f"{100 * share:.0f}" for share in result["choices"])
+        difference = _accuracy(paired[0], "{:+.1f}") if paired else ""
+        lines.append([row["label"], *cells, difference, letters])
+    heads = [*groups, "average, against base", "answers A B C D, %"]
+    return _table(heads, lines, first=f"{BENCHMARKS[benchmark]}, % right")
+
+
+def _accuracy(score: dict[str, Any], layout: str = "{:.1f}") -> str:
+    text, error = layout.format(100 * score["value"]), score["standard_error"]
+    return text if error is None else f"{text} ±{100 * error:.1f}"
+
+
+if __name__ == "__main__":
+    main()
