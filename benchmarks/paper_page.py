@@ -3,7 +3,7 @@
     python benchmarks/paper_page.py
     python benchmarks/paper_page.py --check
 
-They come from benchmarks/results/paper/paper.json and cg_ablation.json; blocks are marked as in
+They come from benchmarks/results/paper/paper.json and dp_medquad.json; blocks are marked as in
 docs/codecs.md.
 """
 
@@ -34,6 +34,7 @@ def filled(page: str) -> str:
     """The page with every block written anew."""
     rows = _json("paper/paper.json")["rows"]
     blocks = {"losses": _losses(rows), **{b: _accuracies(rows, b) for b in BENCHMARKS}}
+    blocks["privacy"] = _privacy(_json("dp_medquad.json"))
     return BLOCK.sub(lambda m: m[1] + blocks[m[2]] + m[3], page)
 
 
@@ -73,6 +74,20 @@ def _accuracies(rows: list[dict[str, Any]], benchmark: str) -> str:
         lines.append([row["label"], *cells, difference, letters])
     heads = [*groups, "average, against base", "answers A B C D, %"]
     return _table(heads, lines, first=f"{BENCHMARKS[benchmark]}, % right")
+
+
+def _privacy(results: dict[str, Any]) -> str:
+    lines = []
+    for cell in results["cells"]:
+        before, after = (cell["curve"][at]["heldout_nll"] for at in (0, -1))
+        bits = f"{cell['uplink']['bits_per_parameter']:.3g}"
+        lines.append([f"`{cell['candidate']}`", f"{before:.3f}", f"{after:.3f}", bits])
+    for cell in results["missing"]:
+        lines.append(
+            [f"`{cell['candidate']}`", "", f"stopped in round {cell['rounds_done'] + 1}", ""]
+        )
+    heads = ["held-out NLL before", "after 3 rounds", "bits per parameter"]
+    return _table(heads, lines, first="candidate")
 
 
 def _accuracy(score: dict[str, Any], layout: str = "{:.1f}") -> str:
