@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,19 @@ Row = dict[str, str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    fill(PAGE, filled, __doc__)
+
+
+def fill(page: Path, filled: Callable[[str], str], about: str | None) -> None:
+    """Write a page anew, or with ``--check`` fail if that would change it."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
     options = parser.parse_args()
-    before = PAGE.read_text(encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
     after = filled(before)
     if options.check:
-        sys.exit("docs/codecs.md is out of date" if before != after else 0)
-    PAGE.write_text(after, encoding="utf-8")
+        sys.exit(f"{page.relative_to(ROOT)} is out of date" if before != after else 0)
+    page.write_text(after, encoding="utf-8")
 
 
 def filled(page: str) -> str:

@@ -9,25 +9,16 @@ docs/codecs.md.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Any
 
-from codec_pages import BLOCK, ROOT, _json, _table
+from codec_pages import BLOCK, ROOT, _json, _table, fill
 
 PAGE = ROOT / "docs" / "paper.md"
 BENCHMARKS = {"ceval": "C-Eval", "mmlu": "MMLU"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
-    options = parser.parse_args()
-    before = PAGE.read_text(encoding="utf-8")
-    after = filled(before)
-    if options.check:
-        sys.exit("docs/paper.md is out of date" if before != after else 0)
-    PAGE.write_text(after, encoding="utf-8")
+    fill(PAGE, filled, __doc__)
 
 
 def filled(page: str) -> str:
