@@ -60,10 +60,10 @@ class Numbers:
     def __init__(self) -> None:
         self.open = _csv("open_loop/codecs.csv")
         self.facts = _csv("open_loop/structure.csv")
-        self.speed = _json("codec_speed.json").get("results", [])
-        summary = _json("compare_medquad.json")["summary"]
+        self.speed = result_file("codec_speed.json").get("results", [])
+        summary = result_file("compare_medquad.json")["summary"]
         self.closed = {row["candidate"]: row for row in summary if row["final_nll"]["n"]}
-        self.auto_encoders = _json("cg_ablation.json").get("results", [])
+        self.auto_encoders = result_file("cg_ablation.json").get("results", [])
 
     def block(self, name: str) -> str:
         if name == "structure":
@@ -87,7 +87,7 @@ class Numbers:
                 rows.append([f"`{label}`, {steps} local steps: SNR / cosine", *cells])
         rows.append(["encode / decode", *(self._milliseconds(name, rate) for rate in rates)])
         rows.append(["closed loop: gain kept", *(self._gain(name, rate) for rate in rates)])
-        return _table(heads, [row for row in rows if any(row[1:])])
+        return table_of(heads, [row for row in rows if any(row[1:])])
 
     def _any_row(self, name: str, rate: float) -> bool:
         return any(r["codec"] == name and _rate(r) == rate for r in self.open)
@@ -137,7 +137,7 @@ class Numbers:
             for point in row["gain_kept_by_round"]
         ]
         heads = ["bpp", "fewer", "held-out NLL", "against raw", *rounds, "seeds"]
-        return _table(heads, rows, first="codec")
+        return table_of(heads, rows, first="codec")
 
     def _auto_encoders(self, rows: list[dict[str, Any]]) -> str:
         heads = ["bpp", "SNR", "cosine", "of another update", "encode / decode", "epochs"]
@@ -153,7 +153,7 @@ class Numbers:
             ]
             for row in rows
         ]
-        return _table(heads, cells, first="what")
+        return table_of(heads, cells, first="what")
 
     def _structure(self) -> str:
         recordings = list(dict.fromkeys(row["recording"] for row in self.facts))
@@ -169,7 +169,7 @@ class Numbers:
                 spread = sorted({f"{value:.2f}" for value in values}, key=float)
                 cells.append(" to ".join([*spread[:1], *spread[1:][-1:]]) or "-")
             rows.append([fact, *cells])
-        return _table(recordings, rows, first="fact")
+        return table_of(recordings, rows, first="fact")
 
 
 def _label(row: Row) -> str:
@@ -202,7 +202,7 @@ def _plus_minus(spread: dict[str, Any], layout: str) -> str:
     return text if error is None else f"{text} ±{layout.replace('+', '').format(error)}"
 
 
-def _table(heads: list[str], rows: Iterable[list[str]], first: str = "") -> str:
+def table_of(heads: list[str], rows: Iterable[list[str]], first: str = "") -> str:
     lines = [[first, *heads], ["---"] * (len(heads) + 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -215,7 +215,7 @@ def _csv(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def _json(name: str) -> dict[str, Any]:
+def result_file(name: str) -> dict[str, Any]:
     path = RESULTS / name
     if not path.exists():
         return {"summary": []}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from codec_pages import BLOCK, ROOT, _json, _table, fill
+from codec_pages import BLOCK, ROOT, fill, result_file, table_of
 
 PAGE = ROOT / "docs" / "paper.md"
 BENCHMARKS = {"ceval": "C-Eval", "mmlu": "MMLU"}
@@ -23,9 +23,9 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with every block written anew."""
-    rows = _json("paper/paper.json")["rows"]
+    rows = result_file("paper/paper.json")["rows"]
     blocks = {"losses": _losses(rows), **{b: _accuracies(rows, b) for b in BENCHMARKS}}
-    blocks["privacy"] = _privacy(_json("dp_medquad.json"))
+    blocks["privacy"] = _privacy(result_file("dp_medquad.json"))
     return BLOCK.sub(lambda m: m[1] + blocks[m[2]] + m[3], page)
 
 
@@ -48,7 +48,7 @@ def _losses(rows: list[dict[str, Any]]) -> str:
                 "" if row["cosine"] is None else f"{row['cosine']:.2f}",
             ]
         )
-    return _table(heads, lines, first="row")
+    return table_of(heads, lines, first="row")
 
 
 def _accuracies(rows: list[dict[str, Any]], benchmark: str) -> str:
@@ -64,7 +64,7 @@ def _accuracies(rows: list[dict[str, Any]], benchmark: str) -> str:
         difference = _accuracy(paired[0], "{:+.1f}") if paired else ""
         lines.append([row["label"], *cells, difference, letters])
     heads = [*groups, "average, against base", "answers A B C D, %"]
-    return _table(heads, lines, first=f"{BENCHMARKS[benchmark]}, % right")
+    return table_of(heads, lines, first=f"{BENCHMARKS[benchmark]}, % right")
 
 
 def _privacy(results: dict[str, Any]) -> str:
@@ -78,7 +78,7 @@ def _privacy(results: dict[str, Any]) -> str:
             [f"`{cell['candidate']}`", "", f"stopped in round {cell['rounds_done'] + 1}", ""]
         )
     heads = ["held-out NLL before", "after 3 rounds", "bits per parameter"]
-    return _table(heads, lines, first="candidate")
+    return table_of(heads, lines, first="candidate")
 
 
 def _accuracy(score: dict[str, Any], layout: str = "{:.1f}") -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cgfedllm.analysis.fitted import load_fitted
-from cgfedllm.analysis.portable import portable_command
+from cgfedllm.analysis.portable import portable_command, repeated
 from cgfedllm.analysis.sources import known_environment, open_recordings, origin
 from cgfedllm.analysis.study import UPDATES, Study, check_recording, read_parts, study
-from cgfedllm.analysis.trials import Trial, read_candidate
-from cgfedllm.codecs import codec_class, codec_names
+from cgfedllm.analysis.trials import Trial, read_candidate, untaught
+from cgfedllm.codecs import codec_class
 from cgfedllm.errors import ConfigError
 from cgfedllm.report.analysis import write_studies
 
@@ -89,11 +89,7 @@ def _trials(codecs: Sequence[str], codec_files: Sequence[Path | str]) -> list[Tr
     Without a name: all that lose something and need no training; beside codec files only those
     that are named.
     """
-    default = [
-        name
-        for name in codec_names()
-        if codec_class(name).kind != "learned" and not codec_class(name).lossless
-    ]
+    default = [name for name in untaught() if not codec_class(name).lossless]
     named = [read_candidate(text) for text in codecs or ([] if codec_files else default)]
     trials = [Trial(name, options) for name, options in named]
     trials += [Trial(one.file.name, {}, fitted=one) for one in load_fitted(codec_files)]
@@ -112,12 +108,8 @@ def _command(
     seed: int,
 ) -> str:
     words = ["cgfedllm", "analyze"]
-    for folder in recordings:
-        words += ["--recording", str(folder)]
-    for codec in codecs:
-        words += ["--codec", codec]
-    for file in codec_files:
-        words += ["--codec-file", str(file)]
+    words += repeated("--recording", recordings) + repeated("--codec", codecs)
+    words += repeated("--codec-file", codec_files)
     if parts:
         words += ["--parts", ",".join(parts)]
     words += ["--updates", str(updates), "--seed", str(seed), "--to", str(to)]

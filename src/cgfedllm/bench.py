@@ -10,12 +10,11 @@ from cgfedllm.analysis.fitted import load_fitted
 from cgfedllm.analysis.open_loop import measure
 from cgfedllm.analysis.open_loop_rows import OpenLoop
 from cgfedllm.analysis.peers import PREFIX, peer_version
-from cgfedllm.analysis.portable import portable_command
+from cgfedllm.analysis.portable import portable_command, repeated
 from cgfedllm.analysis.samples import UPDATES, count_updates
 from cgfedllm.analysis.sources import known_environment, open_recordings, origin
 from cgfedllm.analysis.structure import Structure, measure_structure
-from cgfedllm.analysis.trials import RATES, read_candidate, trials
-from cgfedllm.codecs import codec_class, codec_names
+from cgfedllm.analysis.trials import RATES, read_candidate, trials, untaught
 from cgfedllm.errors import ConfigError
 from cgfedllm.report.open_loop import read_results, write_results
 
@@ -63,7 +62,7 @@ def bench_codecs(
     _check(rates, updates)
     # before anything is measured, so that a missing one is reported at once
     versions = {name.removeprefix(PREFIX): peer_version(name) for name in peers}
-    candidates = [read_candidate(text) for text in codecs or _untaught()]
+    candidates = [read_candidate(text) for text in codecs or untaught()]
     fitted = load_fitted(codec_files)
     candidates += [(PREFIX + name, {}) for name in versions]
     opened = open_recordings(recordings)
@@ -113,11 +112,6 @@ def bench_codecs(
     return found
 
 
-def _untaught() -> list[str]:
-    """Codecs that need no training: without a codec file the others have learned nothing."""
-    return [name for name in codec_names() if codec_class(name).kind != "learned"]
-
-
 def _check(rates: Sequence[float], updates: int) -> None:
     if not all(0 < rate <= 32 for rate in rates):
         raise ConfigError(
@@ -140,16 +134,10 @@ def _command(
     memory: bool,
 ) -> str:
     words = ["cgfedllm", "bench", "codecs"]
-    for folder in recordings:
-        words += ["--recording", str(folder)]
-    for codec in codecs:
-        words += ["--codec", codec]
-    for file in codec_files:
-        words += ["--codec-file", str(file)]
-    for peer in peers:
-        words += ["--peer", peer]
-    for rate in rates if tuple(rates) != RATES else ():
-        words += ["--rate", f"{rate:g}"]
+    words += repeated("--recording", recordings) + repeated("--codec", codecs)
+    words += repeated("--codec-file", codec_files)
+    words += repeated("--peer", peers)
+    words += repeated("--rate", (f"{r:g}" for r in rates) if tuple(rates) != RATES else ())
     words += ["--updates", str(updates), "--seed", str(seed), "--to", str(to)]
     words += ["--structure"] * structure + ["--memory"] * memory
     return portable_command(words)

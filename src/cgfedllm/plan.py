@@ -351,7 +351,7 @@ def _broadcasts(config: Config, clients: int, trained_in: list[list[int]]) -> tu
     """
     held: dict[int, int] = {}
     increments = whole = 0
-    rounds, every = config.federation.rounds, config.evaluation.every
+    rounds, evaluation = config.federation.rounds, config.evaluation
     stateless = config.federation.stateless
 
     def send(version: int, receivers: Iterable[int]) -> None:
@@ -368,8 +368,7 @@ def _broadcasts(config: Config, clients: int, trained_in: list[list[int]]) -> tu
                 whole += 1
 
     for version in range(config.last_round + 1):
-        ends = version in (0, rounds, config.last_round)
-        if config.evaluation.clients and (ends or (every and version % every == 0)):
+        if evaluation.clients and evaluation.due(version, (0, rounds, config.last_round)):
             send(version, range(clients))
         if version < rounds:
             send(version, trained_in[version])

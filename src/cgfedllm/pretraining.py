@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -14,7 +13,7 @@ from typing import Any
 from cgfedllm import events, storage
 from cgfedllm.analysis.candidates import parse_codec
 from cgfedllm.analysis.pool_fidelity import PoolFidelity, measure_pool
-from cgfedllm.analysis.portable import portable_command, portable_config
+from cgfedllm.analysis.portable import provenance
 from cgfedllm.analysis.trials import candidate_label
 from cgfedllm.codecs import CodecState, codec_class, codec_names, make_codec
 from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec
@@ -28,7 +27,7 @@ from cgfedllm.errors import (
 )
 from cgfedllm.interrupt import check_interrupt, stoppable
 from cgfedllm.report.model_card import POOLS, cost_text, fidelity_text, make_card, write_card
-from cgfedllm.runs import RunFolder, environment
+from cgfedllm.runs import RunFolder
 from cgfedllm.tgap.codec_file import CodecFile, is_codec_file, load_codec_file, save_codec_file
 from cgfedllm.tgap.cost import CollectingCost, collecting_cost
 from cgfedllm.tgap.ensemble import EnsembleSettings, Pools, check_length, draw_pools
@@ -285,17 +284,12 @@ class Pretraining:
         write_card(self.path.with_suffix(".md"), file, self.path)
         storage.write_atomic(self.folder / "curve.csv", _csv(progress.curve))
         plot_fit(progress.curve, progress.best, _label(self._codec), self.folder / "curve")
-        facts = environment(self._config)
-        facts.pop("command")  # it holds this machine's paths; ours is without them
-        facts["written_at"] = facts.pop("started_at")
         # last: with it the pre-training is complete
         storage.write_json(
             self._report,
             {
                 "format": FORMAT,
-                "command": portable_command(sys.argv),
-                "environment": facts,
-                "config": portable_config(self._config),
+                **provenance(self._config),
                 "identity": identity,
                 "codec_file": self.path.name,
                 "state_hash": state.hash.hex(),

@@ -6,7 +6,6 @@ It is rebuilt from the run folders whenever something finishes, and says which c
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +23,11 @@ from cgfedllm.analysis.curves import (
     total,
     uplink,
 )
-from cgfedllm.analysis.portable import portable_command, portable_config
+from cgfedllm.analysis.portable import provenance
 from cgfedllm.analysis.tuning import JUDGED_ON, Choice, Tuning
 from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError
 from cgfedllm.metrics import RoundRecord
-from cgfedllm.runs import environment
 from cgfedllm.storage import read_json
 
 FORMAT = 1
@@ -101,15 +99,10 @@ def document(matrix: Matrix, rounds_done: Mapping[tuple[str, int], int]) -> dict
         For missing cells, how far each has come.
     """
     base = matrix.base
-    facts = environment(base)
-    facts.pop("command")  # it holds this machine's paths; ours is without them
-    facts["written_at"] = facts.pop("started_at")
     return {
         "format": FORMAT,
-        "command": portable_command(sys.argv),
-        "environment": facts,
+        **provenance(base),
         "what": _what(matrix),
-        "config": portable_config(base),
         "seeds": matrix.seeds,
         "split_seed": base.seed if base.data.seed is None else base.data.seed,
         "parameters": matrix.parameters,

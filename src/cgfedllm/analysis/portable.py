@@ -6,13 +6,32 @@ Where data lay is nobody's business, and results are made to be passed on.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from cgfedllm.config import Config
+from cgfedllm.runs import environment
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What results files tell of where they come from: command, versions and configuration."""
+    facts = environment(config)
+    facts.pop("command")  # it holds this machine's paths; ours is without them
+    facts["written_at"] = facts.pop("started_at")
+    return {
+        "command": portable_command(sys.argv),
+        "environment": facts,
+        "config": portable_config(config),
+    }
+
+
+def repeated(option: str, values: Iterable[object]) -> list[str]:
+    """The words of an option that is given once for each value."""
+    return [word for value in values for word in (option, str(value))]
 
 
 def portable_command(arguments: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from cgfedllm.analysis.candidates import parse_codec
 from cgfedllm.analysis.coding import CodecCoder, Coder
 from cgfedllm.analysis.fitted import Fitted
 from cgfedllm.analysis.peers import PeerCoder, is_peer, make_peer
-from cgfedllm.codecs import codec_class, make_codec
+from cgfedllm.codecs import codec_class, codec_names, make_codec
 from cgfedllm.config import Config
 
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
@@ -63,6 +63,11 @@ class Trial:
             return CodecCoder(self.fitted.file.codec(self.options), self.fitted.file.state)
         codec = make_codec(self.codec, self.options)
         return CodecCoder(codec, codec.initial_state(spec, seed))
+
+
+def untaught() -> list[str]:
+    """Codecs that need no training: without a codec file the others have learned nothing."""
+    return [name for name in codec_names() if codec_class(name).kind != "learned"]
 
 
 def read_candidate(text: str) -> tuple[str, dict[str, Any]]:

@@ -11,15 +11,15 @@ may be computed once and attended to by all; the result differs by rounding alon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from cgfedllm.training.attention import without_peft
+from cgfedllm.training.attention import attention_by
 
 _NAME = "cgfedllm_shared_prefix"
 
@@ -33,19 +33,12 @@ def shared_prefix(rows: Sequence[tuple[int, ...]], most: int) -> int:
     return most
 
 
-@contextmanager
-def shared_prefix_attention(model: Any) -> Iterator[None]:
+def shared_prefix_attention(model: Any) -> AbstractContextManager[None]:
     """Inside this block `segment_lengths` names the shared part first, then each row's own.
 
     Only for models whose rows can be packed (`training.attention.supports_packing`).
     """
-    base = without_peft(model)
-    before = base.config._attn_implementation
-    base.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
+    return attention_by(model, _NAME)
 
 
 def shared_prefix_forward(

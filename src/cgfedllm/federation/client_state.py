@@ -64,13 +64,8 @@ class ClientState:
         CheckpointError
             If it belongs to another adapter.
         """
-        path = self._path("reference", version)
-        try:
-            tensors, metadata = load_tensors(path)
-        except CheckpointError:  # missing or damaged; the server sends it again
-            return None
-        self._check(path, metadata)
-        return AdapterUpdate(self._spec, tensors["values"])
+        found = self._received("reference", version)
+        return None if found is None else AdapterUpdate(self._spec, found[0]["values"])
 
     def save_reference(self, version: int, adapter: AdapterUpdate) -> None:
         """Keep a received global adapter."""
@@ -95,12 +90,10 @@ class ClientState:
         CheckpointError
             If it belongs to another adapter.
         """
-        path = self._path("codec", version)
-        try:
-            tensors, metadata = load_tensors(path)
-        except CheckpointError:  # missing or damaged; the server sends it again
+        found = self._received("codec", version)
+        if found is None:
             return None
-        self._check(path, metadata)
+        tensors, metadata = found
         try:
             codec = codec_with(metadata.get("codec", ""), metadata.get("options", ""))
         except (CodecError, CodecStateError):  # of an earlier run
@@ -168,6 +161,18 @@ class ClientState:
             raise CheckpointError(f"{error}; or remove it to go on without what it held") from None
         self._check(path, metadata)
         return tensors
+
+    def _received(
+        self, kind: str, version: int
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]] | None:
+        """What the server sent, if it is here and intact; otherwise it sends it again."""
+        path = self._path(kind, version)
+        try:
+            tensors, metadata = load_tensors(path)
+        except CheckpointError:
+            return None
+        self._check(path, metadata)
+        return tensors, metadata
 
     def _check(self, path: Path, metadata: dict[str, str]) -> None:
         if metadata.get("spec") != self._spec.hash.hex():

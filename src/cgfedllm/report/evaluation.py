@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cgfedllm.analysis.portable import portable_command, portable_config
+from cgfedllm.analysis.portable import provenance
 from cgfedllm.config import Config
 from cgfedllm.evaluation.scores import BenchmarkResult, Score
 from cgfedllm.report.rows import plain, table_to_csv
 from cgfedllm.report.tables import plain_table
-from cgfedllm.runs import environment
 from cgfedllm.storage import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -113,16 +111,12 @@ def write_evaluation(
     StorageError
         If the disk refuses.
     """
-    facts = environment(config)
-    facts.pop("command")  # it holds this machine's paths; ours is without them
-    facts["written_at"] = facts.pop("started_at")
+    source = provenance(config)
     if measured["benchmarks"]:
-        facts["versions"]["lm-eval"] = metadata.version("lm-eval")
+        source["environment"]["versions"]["lm-eval"] = metadata.version("lm-eval")
     document = {
         "format": FORMAT,
-        "command": portable_command(sys.argv),
-        "environment": facts,
-        "config": portable_config(config),
+        **source,
         **measured,
         "definitions": DEFINITIONS,
     }

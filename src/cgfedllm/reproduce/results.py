@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cgfedllm.analysis.portable import portable_command, portable_config
+from cgfedllm.analysis.portable import provenance
 from cgfedllm.config import Config
 from cgfedllm.report.rows import plain, table_to_csv
 from cgfedllm.report.units import human_bytes
 from cgfedllm.reproduce.rows import Row
-from cgfedllm.runs import environment
 from cgfedllm.storage import write_atomic, write_json
 
 FORMAT = 1
@@ -107,14 +105,9 @@ def write_paper(
     StorageError
         If the disk refuses.
     """
-    facts = environment(config)
-    facts.pop("command")  # it holds this machine's folders; ours is without them
-    facts["written_at"] = facts.pop("started_at")
     document = {
         "format": FORMAT,
-        "command": portable_command(sys.argv),
-        "environment": facts,
-        "config": portable_config(config),
+        **provenance(config),
         **about,
         "rows": [entry.to_dict() for entry in entries],
         "missing": list(missing),

@@ -8,7 +8,7 @@ cost the square of their sum.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -85,12 +85,17 @@ def _try_packing(model: Any) -> bool:
     return bool((packed.float() - alone).abs().max() <= tolerance * alone.abs().max())
 
 
-@contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
+def packed_attention(model: Any) -> AbstractContextManager[None]:
     """Inside this block the model attends by `segment_lengths`."""
+    return attention_by(model, _NAME)
+
+
+@contextmanager
+def attention_by(model: Any, name: str) -> Iterator[None]:
+    """Inside this block the model attends as the registered function of that name does."""
     base = without_peft(model)
     before = base.config._attn_implementation
-    base.set_attn_implementation(_NAME)
+    base.set_attn_implementation(name)
     try:
         yield
     finally:

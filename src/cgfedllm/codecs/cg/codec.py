@@ -20,7 +20,7 @@ makes it of recorded updates. `initial_state` gives one that has learned nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -157,11 +157,11 @@ class AutoEncoderCodec(LearnedCodec):
 
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
         network = self._network(context)
-        layout = self.layout(context.spec)
+        layout, tensors = self.layout(context.spec), context.state.tensors
         if self.options.printed:
-            latents = network.encode(layout.to_image(update.vector / scale_of(context.state)))
+            latents = network.encode(layout.to_image(update.vector / scale_of(tensors)))
             return pack_floats(latents, self.options.latent_dtype)
-        return self._encode_fair(update, network, layout, context.state.tensors.get(SIGNS))
+        return self._encode_fair(update, network, layout, tensors.get(SIGNS))
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
         return self._rebuilt(payload, context)
@@ -175,7 +175,7 @@ class AutoEncoderCodec(LearnedCodec):
         if self.options.printed:
             latents = unpack_floats(payload, shapes, self.options.latent_dtype)
             image = network.decode(changed(latents, change))
-            return layout.to_vector(image) * scale_of(context.state)
+            return layout.to_vector(image) * scale_of(context.state.tensors)
         if not payload:
             return np.zeros(context.spec.size, np.float32)
         reader = SymbolReader(payload)
@@ -217,9 +217,9 @@ class AutoEncoderCodec(LearnedCodec):
         return network(self.design, context.state.hash, weights)
 
 
-def scale_of(state: CodecState) -> np.float32:
+def scale_of(tensors: Mapping[str, NDArray[Any]]) -> np.float32:
     """What a printed network's input is divided by, and its output multiplied with."""
-    return np.float32(state.tensors[SCALE][0]) if SCALE in state.tensors else np.float32(1)
+    return np.float32(tensors[SCALE][0]) if SCALE in tensors else np.float32(1)
 
 
 @lru_cache(maxsize=16)

@@ -180,7 +180,7 @@ class Trainer:
         self._root_energy = math.sqrt(energy)
         self._beside = {name: tensors[name] for name in BESIDE if name in tensors}
         self._signs = self._beside.get(SIGNS)
-        self._scale = scale_of(CodecState(tensors=self._beside))
+        self._scale = scale_of(tensors)
         own = {name: array for name, array in tensors.items() if name not in BESIDE}
         self._net = with_tensors(codec.design, own).train()
         # fused: one pass over all weights, instead of several over each of a hundred small arrays
