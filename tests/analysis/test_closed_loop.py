@@ -17,7 +17,7 @@ from cgfedllm import events
 from cgfedllm.analysis.candidates import Candidate, candidates_of
 from cgfedllm.analysis.closed_loop import ClosedLoop, Outcome
 from cgfedllm.analysis.closed_loop_file import read_results
-from cgfedllm.analysis.portable import portable_command, portable_config
+from cgfedllm.analysis.portable import portable, portable_command, portable_config
 from cgfedllm.analysis.tuning import parse_tuning
 from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError
@@ -311,6 +311,11 @@ def test_paths_of_this_machine_stay_here(tmp_path: Path) -> None:
     here = str(Path.cwd() / "runs")
     line = ["/me/.venv/bin/cgfedllm", "compare", "/data/a.toml", "--set=data.source=/data/b", here]
     assert portable_command(line) == "cgfedllm compare a.toml --set=data.source=b runs"
+    variant = f"--variant=cg:uplink.name=cg_cnn,uplink.state={here}/a.codec,data.source='/data/b'"
+    assert portable_command(["cgfedllm", variant]).endswith(
+        "cg:uplink.name=cg_cnn,uplink.state=runs/a.codec,data.source=b"
+    )
+    assert portable({"uplink": {"state": "/x/a.codec"}}) == {"uplink": {"state": "a.codec"}}
     config = Config(output=str(tmp_path)).with_overrides({"data.source": "/data/rows.jsonl"})
     text = portable_config(config)
     assert "/data" not in text

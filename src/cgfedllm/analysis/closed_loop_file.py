@@ -23,7 +23,7 @@ from cgfedllm.analysis.curves import (
     total,
     uplink,
 )
-from cgfedllm.analysis.portable import provenance
+from cgfedllm.analysis.portable import portable, provenance
 from cgfedllm.analysis.tuning import JUDGED_ON, Choice, Tuning
 from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError
@@ -111,8 +111,8 @@ def document(matrix: Matrix, rounds_done: Mapping[tuple[str, int], int]) -> dict
             {
                 "label": c.label,
                 "kind": c.kind,
-                "changes": dict(c.changes),
-                "uplink": _uplink(c, base),
+                "changes": portable(dict(c.changes)),
+                "uplink": portable(_uplink(c, base)),
                 "rounds": c.config(base).federation.rounds,
                 "parameters": matrix.own_parameters[c.label],
             }

@@ -47,15 +47,28 @@ def portable_config(config: Config) -> str:
 
 def portable_tree(config: Config) -> dict[str, Any]:
     """The same as nested tables."""
-    tree: dict[str, Any] = _map_strings(config.model_dump(exclude_none=True), _portable)
+    tree: dict[str, Any] = portable(config.model_dump(exclude_none=True))
     return tree
 
 
+def portable(value: Any) -> Any:
+    """Plain values, with every path of this machine in their strings made portable."""
+    return _map_strings(value, _portable)
+
+
 def _portable(text: str) -> str:
-    """A path below the working folder relative to it, any other absolute path as its last part."""
+    """Each setting of ``a=/x,b=/y`` on its own, and a text that is one path."""
+    return ",".join(_setting(part) for part in text.split(",")) if "=" in text else _path(text)
+
+
+def _setting(text: str) -> str:
     key, equals, value = text.rpartition("=")
-    if equals and value.strip("\"'").startswith("/"):
-        return f"{key}={_portable(value.strip(chr(34) + chr(39)))}"
+    quoted = value.strip("\"'")
+    return f"{key}{equals}{_path(quoted)}" if quoted.startswith("/") else text
+
+
+def _path(text: str) -> str:
+    """A path below the working folder relative to it, any other absolute path as its last part."""
     if not text.startswith("/"):
         return text
     try:
