@@ -28,7 +28,7 @@ from common import RESULTS, write_result
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.analysis.fidelity import Fidelity
 from cgfedllm.codecs import CodecContext, CodecState, make_codec
-from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec
+from cgfedllm.codecs.learning import FitProgress, FitSettings, LearnedCodec
 from cgfedllm.tgap.recording import Recording
 
 SHORT = 12

@@ -12,7 +12,7 @@ import pytest
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.architectures import architecture
 from cgfedllm.codecs import CodecContext, CodecOptions, CodecState, base, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import load_config
 from cgfedllm.errors import CodecStateError, ConfigError, ModelError
 from cgfedllm.federation.codec_state import CodecBroadcaster, pack_whole

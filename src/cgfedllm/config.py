@@ -333,7 +333,7 @@ def _known_codec(name: str) -> str:
 def learns(codec: str) -> bool:
     """Whether a codec of that name has a state that is learned."""
     from cgfedllm.codecs import codec_class
-    from cgfedllm.codecs.learned import LearnedCodec
+    from cgfedllm.codecs.learning import LearnedCodec
 
     return issubclass(codec_class(codec), LearnedCodec)
 

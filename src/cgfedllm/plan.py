@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import Codec, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.codecs.packet import HEADER_SIZE
 from cgfedllm.config import Config, ModelConfig, UplinkConfig
 from cgfedllm.errors import ConfigError

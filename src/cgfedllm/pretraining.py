@@ -16,7 +16,7 @@ from cgfedllm.analysis.pool_fidelity import PoolFidelity, measure_pool
 from cgfedllm.analysis.portable import provenance
 from cgfedllm.analysis.trials import candidate_label
 from cgfedllm.codecs import CodecState, codec_class, codec_names, make_codec
-from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec
+from cgfedllm.codecs.learning import FitProgress, FitSettings, LearnedCodec
 from cgfedllm.config import WITHOUT_FLUSH, Config
 from cgfedllm.errors import (
     CheckpointError,

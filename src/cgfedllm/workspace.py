@@ -119,7 +119,7 @@ class Workspace:
         StorageError
             If it cannot be written.
         """
-        from cgfedllm.codecs.learned import LearnedCodec
+        from cgfedllm.codecs.learning import LearnedCodec
         from cgfedllm.tgap.codec_file import save_codec_file
 
         assert isinstance(self.uplink, LearnedCodec)

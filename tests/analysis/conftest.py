@@ -11,7 +11,7 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs import CodecContext, CodecOptions, CodecState, base, register
-from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
+from cgfedllm.codecs.learning import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
 from cgfedllm.report.model_card import make_card
 from cgfedllm.tgap.codec_file import save_codec_file
 from cgfedllm.tgap.recording import Recording

@@ -20,7 +20,7 @@ from cgfedllm.analysis.rounds import FidelityRow
 from cgfedllm.analysis.study import check_recording, read_parts, study
 from cgfedllm.analysis.trials import Trial
 from cgfedllm.codecs import CodecContext, Int4, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import Config
 from cgfedllm.errors import CodecError, CodecStateError, ConfigError, RecordingError
 from cgfedllm.tgap.recording import Recording, RecordingWriter

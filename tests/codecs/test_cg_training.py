@@ -10,7 +10,7 @@ import pytest
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, make_codec
 from cgfedllm.codecs.cg.codec import SCALE, SIGNS, AutoEncoderCodec
-from cgfedllm.codecs.learned import FitProgress, FitSettings
+from cgfedllm.codecs.learning import FitProgress, FitSettings
 from cgfedllm.errors import CodecStateError
 
 A, B = "m.{}.q.lora_A.weight", "m.{}.q.lora_B.weight"

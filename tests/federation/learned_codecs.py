@@ -15,7 +15,7 @@ from pydantic import Field
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs import CodecContext, CodecOptions, CodecState
 from cgfedllm.codecs.base import _REGISTRY
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.errors import CodecStateError
 from cgfedllm.seeding import generator
 

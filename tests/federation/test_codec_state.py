@@ -13,7 +13,7 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecState, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.errors import CodecStateError, CodecStateMissingError
 from cgfedllm.federation.codec_state import (
     CodecBroadcast,

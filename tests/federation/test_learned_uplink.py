@@ -15,7 +15,7 @@ import cgfedllm
 from cgfedllm import events
 from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.codecs import CodecState, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import Config, other_uplink
 from cgfedllm.errors import CheckpointError, CodecStateError, ConfigError
 from cgfedllm.federation.checkpoint import latest_checkpoint

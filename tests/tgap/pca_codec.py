@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.analysis.fidelity import Fidelity
 from cgfedllm.codecs import CodecContext, CodecOptions, CodecState
-from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
+from cgfedllm.codecs.learning import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
 from cgfedllm.errors import CodecStateError
 from cgfedllm.seeding import generator
 

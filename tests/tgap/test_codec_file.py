@@ -10,7 +10,7 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import CodecState, base, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.errors import CodecError, CodecStateError
 from cgfedllm.storage import load_tensors, save_tensors
 from cgfedllm.tgap.codec_file import CodecFile, is_codec_file, load_codec_file, save_codec_file

@@ -6,25 +6,15 @@ r"""The effective change: what a change of the factors does to the product B A t
 
 Rank 2 r at most, so norms and inner products need no (out, in) matrix. Without the factor
 alpha / r, which is the same for all modules unless a configuration has patterns for it.
-
-Where the adapter stood before a round is not in a recording, but follows from it: the start is
-drawn from the seed, and every round added its aggregate.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.analysis.fidelity import Fidelity, factor_kind
-from cgfedllm.lora import initial_adapter
-
-if TYPE_CHECKING:
-    from cgfedllm.tgap.recording import Recording
 
 Float64Array = NDArray[np.float64]
 LowRank = tuple[Float64Array, Float64Array]
@@ -63,53 +53,6 @@ class ProductFidelity:
     def total(self) -> Fidelity:
         """All kinds together."""
         return sum(self.kinds.values(), Fidelity())
-
-
-def adapter_states(recording: Recording, rounds: Iterable[int]) -> dict[int, AdapterUpdate]:
-    """The global adapter before each of some rounds.
-
-    Start and changes are added up in float32, as the server does but for the order of roundings.
-
-    Parameters
-    ----------
-    recording : Recording
-        One that `why_no_states` has nothing against.
-    rounds : iterable of int
-        Rounds asked for.
-
-    Raises
-    ------
-    RecordingError
-        If an update cannot be read.
-    """
-    config = recording.config
-    rate = 1.0 if recording.kind == "centralised" else config.federation.server_lr
-    wanted = set(rounds)
-    state = initial_adapter(recording.spec, config.seed)
-    states = {}
-    for number in range(1, max(wanted, default=0) + 1):
-        if number in wanted:
-            states[number] = state
-        state = state + recording.aggregate(number).scaled(rate)
-    return states
-
-
-def why_no_states(recording: Recording) -> str | None:
-    """Why the adapter before a round does not follow from a recording; None if it does."""
-    config, rounds = recording.config, recording.rounds()
-    if not recording.spec.pairs():
-        return "the adapter has no pairs of A and B"
-    if recording.kind == "local-only":
-        return "its clients share no adapter"
-    if rounds != list(range(1, len(rounds) + 1)):
-        return "it does not hold every round from the first"
-    strategy = config.federation.strategy.name
-    if recording.kind == "federated" and (
-        strategy not in ("fedavg", "fedprox") or config.federation.aggregation != "factors"
-    ):
-        rule = f"{strategy}, {config.federation.aggregation}"
-        return f"the server did more than add the mean ({rule})"
-    return None
 
 
 def _inner(x: LowRank, y: LowRank) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.analysis.coding import CodecCoder, Coder
 from cgfedllm.analysis.latents import latent_elements
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 
 
 @dataclass(frozen=True)

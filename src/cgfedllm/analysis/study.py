@@ -15,13 +15,13 @@ from cgfedllm.analysis.coding import Coded, Coder, code
 from cgfedllm.analysis.distributions import DistributionRow, HistogramRow, distributions
 from cgfedllm.analysis.noise import NoiseRow, noise_rows, one_a_round, steps, uncoded_rows
 from cgfedllm.analysis.open_loop_rows import Refusal
-from cgfedllm.analysis.product import adapter_states, why_no_states
 from cgfedllm.analysis.rate import RateRow, rate_row
 from cgfedllm.analysis.rounds import FidelityRow, RoundFidelity
 from cgfedllm.analysis.samples import Sample, choose, load_samples
 from cgfedllm.analysis.swap import SwapRow, SwapTest
 from cgfedllm.analysis.trials import Trial
 from cgfedllm.errors import CodecError, CodecStateError, ConfigError, RecordingError
+from cgfedllm.tgap.starts import adapter_states, why_no_states
 
 if TYPE_CHECKING:
     from cgfedllm.tgap.recording import Recording

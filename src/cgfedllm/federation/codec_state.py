@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecState, codec_class
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.errors import CodecStateError, CodecStateMissingError
 from cgfedllm.seeding import derive_seed
 

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from cgfedllm import events
 from cgfedllm.codecs import Codec, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import FederationConfig
 from cgfedllm.errors import CgFedLlmError, CheckpointError, CodecStateError, FederationError
 from cgfedllm.evaluation.nll import evaluate_nll

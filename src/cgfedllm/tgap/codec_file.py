@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import CodecState, codec_class, make_codec
-from cgfedllm.codecs.learned import LearnedCodec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.errors import AdapterError, CheckpointError, CodecError, CodecStateError
 from cgfedllm.storage import StrPath, load_tensors, save_tensors
 from cgfedllm.tgap.spec_difference import first_difference

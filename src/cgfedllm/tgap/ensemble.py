@@ -109,7 +109,7 @@ class Sample:
 
 
 class Ensemble:
-    """Samples as `cgfedllm.codecs.learned.Updates`, read from the recordings when asked for.
+    """Samples as `cgfedllm.codecs.learning.Updates`, read from the recordings when asked for.
 
     What is returned may be returned again: it is not to be changed in place.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cgfedllm.codecs.learned import FitProgress
+from cgfedllm.codecs.learning import FitProgress
 from cgfedllm.errors import CheckpointError
 from cgfedllm.storage import load_tensors, save_tensors
 

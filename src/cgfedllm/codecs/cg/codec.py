@@ -46,7 +46,7 @@ from cgfedllm.codecs.cg.latents import (
 from cgfedllm.codecs.cg.layout import Layout, layout_of
 from cgfedllm.codecs.cg.options import AutoEncoderOptions
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
-from cgfedllm.codecs.learned import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
+from cgfedllm.codecs.learning import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
 from cgfedllm.codecs.parts.rows import count_rows
 from cgfedllm.errors import CodecError, CodecStateError
 

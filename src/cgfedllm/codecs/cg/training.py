@@ -31,7 +31,7 @@ from cgfedllm.codecs.cg.alignment import aligned
 from cgfedllm.codecs.cg.codec import BESIDE, SCALE, SIGNS, scale_of
 from cgfedllm.codecs.cg.nets import with_tensors
 from cgfedllm.codecs.cg.running import one_thread
-from cgfedllm.codecs.learned import Array, FitProgress, FitSettings, OnEpoch, Updates
+from cgfedllm.codecs.learning import Array, FitProgress, FitSettings, OnEpoch, Updates
 from cgfedllm.codecs.parts.draws import random_order
 from cgfedllm.errors import CodecStateError
 from cgfedllm.seeding import derive_seed, generator
