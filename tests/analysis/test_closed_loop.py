@@ -315,6 +315,9 @@ def test_paths_of_this_machine_stay_here(tmp_path: Path) -> None:
     assert portable_command(["cgfedllm", variant]).endswith(
         "cg:uplink.name=cg_cnn,uplink.state=runs/a.codec,data.source=b"
     )
+    words = ["cgfedllm", "/a=b/c.toml", "--set=data.source=/a=b/d", 'data.source=["/a/x","/b/y"]']
+    assert portable_command(words) == "cgfedllm c.toml --set=data.source=d 'data.source=[x,y]'"
+    assert portable("https://a.b/c") == "https://a.b/c"
     assert portable({"uplink": {"state": "/x/a.codec"}}) == {"uplink": {"state": "a.codec"}}
     config = Config(output=str(tmp_path)).with_overrides({"data.source": "/data/rows.jsonl"})
     text = portable_config(config)

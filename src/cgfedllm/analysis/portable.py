@@ -5,9 +5,10 @@ Where data lay is nobody's business, and results are made to be passed on.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import tomli_w
 
 from cgfedllm.config import Config
 from cgfedllm.runs import environment
+
+_VALUE = re.compile(r"""([=,\[])(["']?)(/[^,"'\]]*)\2""")
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def repeated(option: str, values: Iterable[object]) -> list[str]:
 def portable_command(arguments: Sequence[str]) -> str:
     """A command line without the folders of this machine."""
     program = "cgfedllm" if arguments and "cgfedllm" in arguments[0] else Path(arguments[0]).name
-    return shlex.join([program, *map(_portable, arguments[1:])])
+    return shlex.join([program, *map(_text, arguments[1:])])
 
 
 def portable_config(config: Config) -> str:
@@ -53,33 +56,21 @@ def portable_tree(config: Config) -> dict[str, Any]:
 
 def portable(value: Any) -> Any:
     """Plain values, with every path of this machine in their strings made portable."""
-    return _map_strings(value, _portable)
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    return _text(value) if isinstance(value, str) else value
 
 
-def _portable(text: str) -> str:
-    """Each setting of ``a=/x,b=/y`` on its own, and a text that is one path."""
-    return ",".join(_setting(part) for part in text.split(",")) if "=" in text else _path(text)
-
-
-def _setting(text: str) -> str:
-    key, equals, value = text.rpartition("=")
-    quoted = value.strip("\"'")
-    return f"{key}{equals}{_path(quoted)}" if quoted.startswith("/") else text
+def _text(text: str) -> str:
+    """A text that is one path, or holds some as values: ``a=/x,b='/y'``, ``a=["/x"]``."""
+    return _path(text) if text.startswith("/") else _VALUE.sub(lambda m: m[1] + _path(m[3]), text)
 
 
 def _path(text: str) -> str:
     """A path below the working folder relative to it, any other absolute path as its last part."""
-    if not text.startswith("/"):
-        return text
     try:
         return str(Path(text).relative_to(Path.cwd()))
     except ValueError:
         return Path(text).name
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
