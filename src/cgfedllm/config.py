@@ -213,6 +213,9 @@ class TrainingConfig(Section):
     """Clip the gradient of each step to this norm; 0: off."""
     keep_optimizer: bool = False
     """Keep each client's optimiser state between rounds (default: fresh every round)."""
+    subspace: bool = False
+    """Train along the directions only that the uplink codec's state knows (codec `learned`): what
+    changes is then what it codes best. lr is scaled to it (see docs/learned-codec.md)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -230,6 +233,12 @@ class TrainingConfig(Section):
                 f"micro_batch_size ({self.micro_batch_size}) must divide "
                 f"batch_size ({self.batch_size})"
             )
+        for key in ("keep_optimizer", "weight_decay"):
+            if self.subspace and getattr(self, key):
+                raise ValueError(
+                    f"subspace trains coefficients that begin at zero in every round, so {key} "
+                    "means nothing there; leave it out, or set subspace = false"
+                )
         return self
 
 
@@ -410,6 +419,10 @@ class TgapConfig(Section):
     its own rows from start to end."""
     rounds: Positive | None = None
     """Rounds of collecting; None: federation.rounds."""
+    optimizer: Literal["auto", "run", "sgd"] = "auto"
+    """Local optimiser while updates are collected. run: training.optimizer, as in the run. sgd:
+    plain gradient descent at rate 1, gradients clipped to training.max_grad_norm or 1. auto: what
+    the codec learns from best, which is sgd for `learned` and run for the others."""
     sampling: Literal["uniform", "rounds", "clients"] = "uniform"
     """What counts alike in a pass over the training updates. uniform: every update. rounds: every
     round, and within a round every client. clients: every client, and of a client every round."""
@@ -533,6 +546,12 @@ class Config(Section):
                 f"downlink.name = {self.downlink.name!r} learns, which only uplink codecs may; "
                 "choose a codec that does not, e.g. 'int8'"
             )
+        if self.training.subspace and self.uplink.state is None:
+            raise ValueError(
+                "training.subspace trains along what the uplink codec has learned, and it has "
+                "learned nothing; name a codec file in uplink.state (`cgfedllm pretrain learned` "
+                "writes one), or set training.subspace = false"
+            )
         if self.uplink.flush and not (self.keeps_residual and self.uplink.error_feedback_decay):
             raise ValueError(
                 f"uplink.flush = {self.uplink.flush!r} sends what error feedback holds, and here "
@@ -623,6 +642,7 @@ def other_uplink(codec: str) -> dict[str, Any]:
         "uplink.options": {},
         "uplink.state": None,
         "uplink.adapt_every": 0,
+        "training.subspace": False,
     }
     lossless = codec in codec_names() and codec_class(codec).lossless
     return changes | (WITHOUT_FLUSH if lossless else {})

@@ -136,6 +136,8 @@ class Pretraining:
     def collecting(self) -> Config:
         """Configuration of the run that collects updates: on D1, uncompressed, not evaluated."""
         rounds = self._config.tgap.rounds or self._config.federation.rounds
+        optimizer = self._config.tgap.optimizer
+        gradients = optimizer == "sgd" or (optimizer == "auto" and self._codec.learns_gradients)
         return self._config.with_overrides(
             {
                 "name": f"{self._config.name}-tgap",
@@ -147,6 +149,7 @@ class Pretraining:
                 "evaluation.every": 0,
                 "evaluation.heldout": False,
                 "evaluation.clients": False,
+                **(self._plain_gradients() if gradients else {}),
             }
         )
 
@@ -357,6 +360,17 @@ class Pretraining:
         what = f"collecting (tgap.rounds = {config.federation.rounds})"
         check_length(config.federation.rounds, self._settings, what)
 
+    def _plain_gradients(self) -> dict[str, Any]:
+        return {
+            "training.optimizer": "sgd",
+            "training.lr": 1.0,
+            "training.momentum": 0.0,
+            "training.weight_decay": 0.0,
+            # a rate of 1 is for gradients of limited length
+            "training.max_grad_norm": self._config.training.max_grad_norm or 1.0,
+            "training.keep_optimizer": False,
+        }
+
     def _noise_comes_too_late(self) -> bool:
         mechanism = self._config.privacy.mechanism
         return mechanism != "none" and (mechanism, self._config.tgap.collect) != (
@@ -383,6 +397,7 @@ _WITHOUT_LEARNING: dict[str, Any] = {
     "uplink.state": None,
     "uplink.adapt_every": 0,
     "uplink.error_feedback": False,
+    "training.subspace": False,
 }
 
 

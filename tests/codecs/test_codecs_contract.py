@@ -32,6 +32,8 @@ from cgfedllm.codecs import (
 from cgfedllm.codecs.packet import HEADER_SIZE, Packet
 from cgfedllm.errors import CodecError, PacketError
 
+from .contexts import begun, taught
+
 pytestmark = pytest.mark.filterwarnings("error")
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -95,7 +97,9 @@ VECTORS_BY_NAME = pytest.mark.parametrize("vector", VECTORS.values(), ids=VECTOR
 def context_of(codec: Codec, spec: AdapterSpec, round: int = 3) -> CodecContext:
     previous = np.random.default_rng(5).standard_normal(spec.size, np.float32)
     previous *= np.float32(1e-3)
-    return CodecContext(spec, round, seed=11, state=codec.initial_state(spec), previous=previous)
+    return CodecContext(
+        spec, round, 11, taught(codec, spec), previous=previous, start=begun(codec, spec)
+    )
 
 
 def normal(spec: AdapterSpec, seed: int = 0) -> AdapterUpdate:

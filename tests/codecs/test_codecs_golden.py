@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs import Codec, CodecContext, CodecState, codec_names, make_codec
+from cgfedllm.codecs import Codec, CodecContext, CodecState, Start, codec_names, make_codec
 
 GOLDEN = Path(__file__).parent / "golden"
 # enough for what has rate control to send something of the larger adapter
@@ -80,7 +80,8 @@ def exact_state(codec: Codec, spec: AdapterSpec) -> CodecState:
 
     Element i of a convolution or of means is 1 where i mod 7 is 1, -1 where it is 5, otherwise 0.
     Batch normalisation halves what is left, since its variance and what is added to it make 1, and
-    adds i mod 2; so do other offsets. Signs of rank vectors alternate, from 1.
+    adds i mod 2; so do other offsets. Signs of rank vectors alternate, from 1. Energies and weights
+    are 2^-(i mod 5).
     """
     initial = codec.initial_state(spec)
     if not initial.tensors:
@@ -90,6 +91,8 @@ def exact_state(codec: Codec, spec: AdapterSpec) -> CodecState:
         index = np.arange(array.size)
         if name == "layout.signs":
             values = 1 - 2 * (index % 2)
+        elif name in ("energies", "weights"):
+            values = 2.0 ** -(index % 5)
         elif name.endswith("running_var"):
             values = np.full(array.size, 1 - 2.0**-16)
         elif name.endswith("bias"):
@@ -112,7 +115,15 @@ def golden_case(codec: Codec) -> tuple[AdapterUpdate, CodecContext]:
     update = large_update() if rated or codec.payload_size(SMALL) is None else small_update()
     previous = (update.vector / np.float32(2))[::-1].copy()
     state = exact_state(codec, update.spec)
-    return update, CodecContext(update.spec, round=7, seed=5, state=state, previous=previous)
+    return update, CodecContext(update.spec, 7, 5, state, previous, begun(update.spec))
+
+
+def begun(spec: AdapterSpec) -> Start:
+    """A begins as pattern and noise, B at zero; both have grown a little."""
+    origin, grown = large_update(spec, salt=5), large_update(spec, salt=11)
+    for name, view in origin.views().items():
+        view[...] *= 8 * ("lora_A" in name)
+    return Start(origin.vector + grown.vector, origin.vector)
 
 
 def golden_lines(name: str) -> tuple[bytes, bytes]:
@@ -176,7 +187,8 @@ def middle_size_hashes() -> dict[str, str]:
     hashes = {}
     for name in codec_names():
         codec = make_codec(name)
-        context = CodecContext(spec, 7, 5, codec.initial_state(spec), previous)
+        state = exact_state(codec, spec) if name == "learned" else codec.initial_state(spec)
+        context = CodecContext(spec, 7, 5, state, previous, begun(spec))
         packet = codec.encode(update, context)
         decoded = codec.decode(packet, context).vector.astype("<f4").tobytes()
         hashes[name] = " ".join(hashlib.sha256(part).hexdigest() for part in (packet, decoded))

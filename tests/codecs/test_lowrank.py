@@ -11,7 +11,7 @@ from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
 from cgfedllm.codecs.lowrank import pieces
 from cgfedllm.codecs.parts import trellis
 from cgfedllm.codecs.parts.matrices import MAX_ROWS, batches
-from cgfedllm.errors import CodecError, PacketError
+from cgfedllm.errors import CodecError
 
 A, B = "m.{}.q.lora_A.weight", "m.{}.q.lora_B.weight"
 SPEC = AdapterSpec.from_shapes(
@@ -153,11 +153,9 @@ def test_side_information_round_trips(seed: int, rows: int) -> None:
     levels = [rng.integers(-5, 6, shape) for shape in shapes]
     for own in levels:
         own[:, 0] = 1 + np.abs(own[:, 0]) if own.shape[1] > 1 else 1
-    codes = rng.integers(0, 128, 40)
     writer = SymbolWriter()
     pieces.write_modes(writer, modes, 8)
     pieces.write_levels(writer, levels)
-    pieces.write_scales(writer, codes)
     reader = SymbolReader(writer.finish())
     for got, wanted in zip(
         pieces.read_modes(reader, [own.shape for own in modes], 8), modes, strict=True
@@ -165,15 +163,7 @@ def test_side_information_round_trips(seed: int, rows: int) -> None:
         np.testing.assert_array_equal(got, wanted)
     for got, wanted in zip(pieces.read_levels(reader, shapes), levels, strict=True):
         np.testing.assert_array_equal(got, wanted)
-    np.testing.assert_array_equal(pieces.read_scales(reader, 40), codes)
     reader.finish()
-
-
-def test_scales_out_of_range_are_refused() -> None:
-    writer = SymbolWriter()
-    writer.bits(np.array([100, 100]), 7)
-    with pytest.raises(PacketError, match="out of range"):
-        pieces.read_scales(SymbolReader(writer.finish()), 3)
 
 
 def test_bases_are_orthonormal_and_dependent_vectors_vanish() -> None:

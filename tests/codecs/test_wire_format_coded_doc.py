@@ -378,12 +378,17 @@ def lowrank_coded(
 
 
 def lowrank_scalar(
-    reader: Reader, found: list[list[Places]], modes: dict[Piece, int], codes: dict[Piece, int]
+    reader: Reader,
+    found: list[list[Places]],
+    modes: dict[Piece, int],
+    codes: dict[Piece, int],
+    step: float | None = None,
 ) -> dict[Piece, list[float]]:
     pieces = [at for at, mode in modes.items() if mode == 7]
     if not pieces:
         return {}
-    step = reader.float32()
+    if step is None:
+        step = reader.float32()
     if not step:
         return {at: [0.0] * len(found[at[0]][0][0]) for at in pieces}
     lowest = min(codes[at] for at in pieces)
@@ -520,8 +525,9 @@ def test_the_page_decodes_the_golden_packet(decode: Callable[[bytes], list[float
 
 def test_every_coded_payload_is_tried() -> None:
     coded = PAGE.partition("## Common random numbers")[2].partition("## Auto-encoders")[0]
+    # `learned` is in test_wire_format_learned_doc.py
     assert set(re.findall(r"### `(\w+)`, version 1", coded)) == {
-        *("ecsq", "topk", "qsgd", "lowrank", "dct", "eden", "sketch")
+        *("ecsq", "topk", "qsgd", "lowrank", "dct", "eden", "sketch", "learned")
     }
 
 

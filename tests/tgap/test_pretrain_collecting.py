@@ -7,24 +7,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from cgfedllm import api
+from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.cli import app
+from cgfedllm.codecs import Codec
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import Config, load_config
 from cgfedllm.data import load_federated_data
 from cgfedllm.errors import (
     ConfigError,
     DataError,
+    FederationError,
     PrivacyError,
     RecordingError,
     RunInterrupted,
 )
+from cgfedllm.federation import client_app
+from cgfedllm.federation.codec_state import pack_whole
+from cgfedllm.pretraining import Pretraining
 from cgfedllm.report.figures import pretraining as pretraining_figures
 from cgfedllm.runs import RunFolder
-from cgfedllm.tgap.codec_file import load_codec_file
+from cgfedllm.tgap.codec_file import CodecFile, load_codec_file
 from cgfedllm.tgap.recording import Recording
+
+
+def learned(file: CodecFile) -> LearnedCodec:
+    codec = file.codec()
+    assert isinstance(codec, LearnedCodec)
+    return codec
+
 
 MakeConfig = Callable[..., Config]
 SMALL = ("training.local_steps=1", "federation.rounds=3", "tgap.rounds=2", "tgap.epochs=2")
@@ -93,6 +108,82 @@ def test_from_each_clients_own_training(pca: str, tiny_config: MakeConfig) -> No
     assert card["splits"]["train"]["rounds"] == [[1, 2]]
     recording = Recording.open(config.run_dir.with_name("tiny-tgap-local-only") / "recording")
     assert card["cost"]["uplink_bytes"] == recording.nbytes
+
+
+@pytest.mark.parametrize(
+    ("codec", "asked", "optimizer"),
+    [
+        ("learned", "auto", "sgd"),
+        ("learned", "run", "adamw"),
+        ("cg_resnet", "auto", "adamw"),
+        ("cg_resnet", "sgd", "sgd"),
+    ],
+)
+def test_updates_are_collected_with_the_optimiser_that_teaches_most(
+    tiny_config: MakeConfig, codec: str, asked: str, optimizer: str
+) -> None:
+    config = tiny_config(f"tgap.optimizer={asked}", "training.max_grad_norm=0", "tgap.rounds=4")
+    training = Pretraining(config, codec, collects=True).collecting.training
+    assert training.optimizer == optimizer
+    if optimizer == "sgd":
+        assert (training.lr, training.momentum, training.max_grad_norm) == (1.0, 0.0, 1.0)
+    else:
+        assert training == config.training
+
+
+def test_a_codec_that_learns_gradients_is_fitted_and_used(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "learned.safetensors"
+    result = api.pretrain(tiny_config(*SMALL), "learned:bpp=1.0,directions=2", to=path)
+    assert result.file.card["fit"]["epochs_run"] == 1
+    config = tiny_config(*SMALL, "data.part=d2", "uplink.name=learned", f'uplink.state="{path}"')
+    first, *_, last = api.run(config).records
+    assert not last.failures
+    assert last.codec_bytes_total == first.codec_bytes_total + 3 * len(
+        pack_whole(result.file.codec(), result.file.state)
+    )
+
+
+def test_what_is_trained_along_its_directions_is_what_it_codes(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "learned.safetensors"
+    file = api.pretrain(tiny_config(*SMALL), "learned:directions=2", to=path).file
+    sent: list[AdapterUpdate] = []
+    encode = client_app.encode_with_feedback
+
+    def watched(codec: Codec, update: AdapterUpdate, *args: Any, **kwargs: Any) -> Any:
+        sent.append(update)
+        return encode(codec, update, *args, **kwargs)
+
+    monkeypatch.setattr(client_app, "encode_with_feedback", watched)
+    config = tiny_config(
+        *SMALL, "data.part=d2", "uplink.name=learned", f'uplink.state="{path}"',
+        "training.subspace=true",
+    )  # fmt: skip
+    api.run(config)
+    directions = learned(file).directions(file.state, file.spec)
+    assert len(sent) == 9
+    for update in sent:
+        views = update.views()
+        for name in directions:  # A has no gradient before B has grown
+            view = views[name]
+            rows = view if "lora_A" in name else view.T
+            left = rows - rows @ directions[name].T @ directions[name]
+            assert np.abs(left).max() < 1e-4 * np.abs(rows).max()
+
+
+def test_a_state_that_knows_no_directions_cannot_be_trained_along(
+    pca: str, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "pca.safetensors"
+    api.pretrain(tiny_config(*SMALL), pca, to=path)
+    config = tiny_config(
+        *SMALL, f"uplink.name={pca}", f'uplink.state="{path}"', "training.subspace=true"
+    )
+    with pytest.raises(FederationError, match="knows no directions to train along"):
+        api.run(config)
 
 
 def test_a_client_too_small_for_d1_is_named(

@@ -81,6 +81,7 @@ def measure_pool(
             seed,
             state,
             previous=pool.previous(index) if codec.uses_previous else None,
+            start=pool.start(index) if codec.uses_start else None,
         )
         update = pool[index]
         packet = codec.encode(update, context)

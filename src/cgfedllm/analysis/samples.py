@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.codecs import CodecContext
 from cgfedllm.errors import RecordingError
+from cgfedllm.tgap.starts import starts_of
 
 if TYPE_CHECKING:
     from cgfedllm.tgap.recording import Recording
@@ -81,10 +82,13 @@ def load_samples(
 ) -> dict[int, list[Sample]]:
     """Read the chosen updates, by round, each with the context it is coded in."""
     known = set(recording.rounds())
+    starts = starts_of(recording, members)
     samples = {}
     for number, indices in members.items():
         before = recording.aggregate(number - 1).vector if number - 1 in known else None
-        context = CodecContext(recording.spec, number, seed, previous=before)
+        context = CodecContext(
+            recording.spec, number, seed, previous=before, start=starts.get(number)
+        )
         entries = [recording.entries[index] for index in indices]
         samples[number] = [
             Sample(number, entry.client, entry.weight, recording.update(index), context)

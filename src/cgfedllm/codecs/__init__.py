@@ -5,6 +5,7 @@ from cgfedllm.codecs.base import (
     CodecContext,
     CodecOptions,
     CodecState,
+    Start,
     codec_class,
     codec_names,
     make_codec,
@@ -17,6 +18,7 @@ from cgfedllm.codecs.ecsq import Ecsq
 from cgfedllm.codecs.eden import Eden
 from cgfedllm.codecs.int4 import Int4
 from cgfedllm.codecs.int8 import Int8
+from cgfedllm.codecs.learned import Learned
 from cgfedllm.codecs.lowrank import Lowrank
 from cgfedllm.codecs.qsgd import Qsgd
 from cgfedllm.codecs.raw import Raw
@@ -40,11 +42,13 @@ __all__ = [
     "Eden",
     "Int4",
     "Int8",
+    "Learned",
     "Lowrank",
     "Qsgd",
     "Raw",
     "Sign",
     "Sketch",
+    "Start",
     "TopK",
     "Zero",
     "Zstd",

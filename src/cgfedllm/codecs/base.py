@@ -66,6 +66,22 @@ class CodecState:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where an update starts from.
+
+    Parameters
+    ----------
+    adapter : ndarray, shape (spec.size,)
+        What the update changes: the adapter that was broadcast for the round.
+    origin : ndarray or None, shape (spec.size,)
+        What the run began with, where both ends can draw it.
+    """
+
+    adapter: Float32Array
+    origin: Float32Array | None = None
+
+
+@dataclass(frozen=True)
 class CodecContext:
     """Everything both ends know when one update is coded.
 
@@ -82,6 +98,8 @@ class CodecContext:
     previous : ndarray or None, shape (spec.size,)
         The last aggregated change of what clients hold, where both ends hold it: for the uplink
         of round t+1, their copy of the global adapter at version t less that at version t-1.
+    start : Start or None
+        The adapter that the update changes, where both ends hold it.
 
     Raises
     ------
@@ -94,6 +112,7 @@ class CodecContext:
     seed: int = 0
     state: CodecState = field(default_factory=CodecState)
     previous: Float32Array | None = None
+    start: Start | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.round <= MAX_UINT32:
@@ -118,6 +137,7 @@ class Codec(ABC):
     # not a ClassVar: some codecs' options decide
     lossless: bool = False
     uses_previous: ClassVar[bool] = False
+    uses_start: ClassVar[bool] = False
     kind: ClassVar[str]
     rates: ClassVar[str]
     summary: ClassVar[str]

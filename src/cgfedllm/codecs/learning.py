@@ -15,13 +15,13 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs.base import Codec, CodecState
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
+from cgfedllm.codecs.base import Codec, CodecState, Start
 from cgfedllm.errors import CodecStateError
 
 Array = NDArray[Any]
@@ -37,6 +37,10 @@ class Updates(Protocol):
     def __getitem__(self, index: int, /) -> AdapterUpdate: ...
 
     def __iter__(self) -> Iterator[AdapterUpdate]: ...
+
+    def start(self, index: int, /) -> Start | None:
+        """Where an update started from, where that is known."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class LearnedCodec(Codec):
     """A codec with a state that is fitted on recorded updates and kept current by decoded ones."""
 
     kind = "learned"
+    learns_gradients: ClassVar[bool] = False
+    """Whether steps of plain gradient descent teach it more than the run's own updates."""
 
     @abstractmethod
     def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
@@ -137,6 +143,17 @@ class LearnedCodec(Codec):
         CodecState
             Version `state.version` + 1; the same object if there was nothing to learn.
         """
+
+    def directions(self, state: CodecState, spec: AdapterSpec) -> dict[str, Float32Array]:
+        """Directions that a state knows, for clients to train along (`training.subspace`).
+
+        Returns
+        -------
+        dict of ndarray, shape (d, n)
+            Orthonormal directions of the long axis, by factor; empty for a codec or a state that
+            knows none.
+        """
+        return {}
 
     def check_state(self, state: CodecState, spec: AdapterSpec) -> None:
         """Verify that a state fits this codec, its options and an adapter.

@@ -21,9 +21,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from cgfedllm import __version__, events
-from cgfedllm.adapter import AdapterUpdate
-from cgfedllm.codecs import CodecContext, CodecState, codec_class, make_codec
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
+from cgfedllm.codecs import CodecContext, CodecState, Start, codec_class, make_codec
 from cgfedllm.codecs.feedback import encode_with_feedback
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import learns
 from cgfedllm.data import ClientData
 from cgfedllm.errors import (
@@ -68,6 +69,8 @@ from cgfedllm.workspace import Workspace, workspace_for
 
 # where `train` leaves optimiser moments for `compression`, in Flower's scratchpad for mods
 _MOMENTS = "optimizer-moments"
+# where `compression` tells `train` along which directions to train
+_DIRECTIONS = "directions"
 
 ClientFunction = Callable[[Message, Context], Message]
 
@@ -135,6 +138,8 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     decode_seconds = time.perf_counter() - began
     config = message.content.config_records[CONFIG]
     message.content = RecordDict({ARRAYS: adapter_record(adapter), CONFIG: config})
+    if codec is not None and session.workspace.config.training.subspace:
+        message.content[_DIRECTIONS] = _directions(codec, session.workspace.spec)
     reply = call_next(message, context)
     if codec is not None and ARRAYS in reply.content.array_records:
         moments = context.state.array_records.pop(_MOMENTS, None)
@@ -151,6 +156,7 @@ def train(message: Message, context: Context) -> Message:
     round_ = _round(config)
     start = adapter_of(workspace.spec, message.content.array_records[ARRAYS])
     keep = workspace.config.training.keep_optimizer
+    directions = message.content.array_records.get(_DIRECTIONS)
     result = workspace.trainer.train(
         start,
         workspace.examples(session.data, "train"),
@@ -158,6 +164,7 @@ def train(message: Message, context: Context) -> Message:
         round=round_,
         proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
         optimizer_state=session.state.optimizer(round_) if keep else None,
+        directions=None if directions is None else _arrays(directions),
     )
     if result.optimizer_state is not None:
         moments = {key: Array(values) for key, values in result.optimizer_state.items()}
@@ -337,10 +344,11 @@ def _send(
     privacy = workspace.privacy
     update = protect_update(update, privacy, session.state.folder, client=name, round=round_)
     known = None if previous is None else previous.vector
+    begun = Start(start.vector, workspace.start.vector)
     encoded = encode_with_feedback(
         codec.codec,
         update,
-        CodecContext(spec, round_, workspace.config.seed, codec.state, known),
+        CodecContext(spec, round_, workspace.config.seed, codec.state, known, begun),
         residual=session.state.residual(round_) if feedback else None,
         decay=uplink.error_feedback_decay,
         enabled=feedback,
@@ -364,7 +372,19 @@ def _send(
     withhold(metrics, privacy)
 
 
-def _arrays(record: ArrayRecord) -> OptimizerState:
+def _directions(codec: StatefulCodec, spec: AdapterSpec) -> ArrayRecord:
+    """Along which to train, by factor."""
+    assert isinstance(codec.codec, LearnedCodec)
+    found = codec.codec.directions(codec.state, spec)
+    if not found:
+        raise CodecStateError(
+            f"training.subspace is on, and the state of codec {codec.codec.name!r} knows no "
+            "directions to train along; use `learned`, pre-trained, or set it to false"
+        )
+    return ArrayRecord({name: Array(vectors) for name, vectors in found.items()})
+
+
+def _arrays(record: ArrayRecord) -> dict[str, Float32Array]:
     return {key: np.asarray(array.numpy(), np.float32) for key, array in record.items()}
 
 

@@ -140,6 +140,7 @@ class Server:
             summed=federation.aggregation == "sum",
             min_replies=federation.min_clients,
             client_name=self._directory.name,
+            origin=self._workspace.start,
         )
 
     def _private(self) -> tuple[PrivacyPlan, Ledger] | None:

@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Strategy
 
 from cgfedllm import events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.codecs import Codec, CodecContext, CodecState
+from cgfedllm.codecs import Codec, CodecContext, CodecState, Start
 from cgfedllm.errors import CgFedLlmError, PacketError
 from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
 from cgfedllm.federation.downlink import Broadcaster, fingerprint
@@ -131,6 +131,8 @@ class CompressedStrategy(Strategy):
         must not move its moments twice.
     client_name : callable
         From node id to the name used in logs and records.
+    origin : AdapterUpdate, optional
+        What the run began with, if clients can draw it too.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class CompressedStrategy(Strategy):
         summed: bool = False,
         min_replies: int = 1,
         client_name: Callable[[int], str] = str,
+        origin: AdapterUpdate | None = None,
     ) -> None:
         self.inner = inner
         self.tally = RoundTally()
@@ -161,6 +164,7 @@ class CompressedStrategy(Strategy):
         self._weighting = "uniform" if summed else weighting
         self._min_replies = self._asked = min_replies
         self._name = client_name
+        self._origin = None if origin is None else origin.vector
         self._global = AdapterUpdate.zeros(spec)
 
     def summary(self) -> None:
@@ -266,7 +270,9 @@ class CompressedStrategy(Strategy):
         previous = self._previous()
         known = None if previous is None else previous.vector
         state = CodecState() if self._codec_states is None else self._codec_states.state
-        context = CodecContext(self._spec, server_round, self._seed, state, known)
+        # what clients hold, which a downlink that loses something keeps apart from the global one
+        start = Start(self._broadcaster.reference.vector, self._origin)
+        context = CodecContext(self._spec, server_round, self._seed, state, known, start)
         limit = packet_limit(self._spec)
         for reply in replies:
             client = self._name(reply.metadata.src_node_id)

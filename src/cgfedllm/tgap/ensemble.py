@@ -26,12 +26,14 @@ from typing import Any, Literal
 import numpy as np
 
 from cgfedllm.adapter import AdapterUpdate, Float32Array
+from cgfedllm.codecs import Start
 from cgfedllm.config import Config
 from cgfedllm.errors import ConfigError, RecordingError
 from cgfedllm.seeding import generator
 from cgfedllm.tgap.index import RecordedUpdate
 from cgfedllm.tgap.recording import Recording
 from cgfedllm.tgap.spec_difference import first_difference
+from cgfedllm.tgap.starts import starts_of
 
 Sampling = Literal["uniform", "rounds", "clients"]
 CACHE_BYTES = 256 * 2**20
@@ -141,6 +143,10 @@ class Ensemble:
     def previous(self, index: int) -> Float32Array | None:
         """The aggregate of the round before, which both ends of a federation hold; else None."""
         return self._reader.previous(self.samples[index])
+
+    def start(self, index: int, /) -> Start | None:
+        """Where a sample started from, if that follows from its recording."""
+        return self._reader.start(self.samples[index])
 
     def distinct(self) -> int:
         """Number of different samples."""
@@ -313,6 +319,7 @@ class Reader:
         self._room = cache_bytes // (4 * self.spec.size)
         self._kept: OrderedDict[Sample, AdapterUpdate] = OrderedDict()
         self._aggregate: tuple[tuple[int, int], Float32Array] | None = None
+        self._starts: dict[int, dict[int, Start]] = {}
 
     def read(self, sample: Sample) -> AdapterUpdate:
         """One sample.
@@ -341,6 +348,14 @@ class Reader:
         if self._aggregate is None or self._aggregate[0] != key:
             self._aggregate = key, recording.aggregate(before).vector
         return self._aggregate[1]
+
+    def start(self, sample: Sample) -> Start | None:
+        """The global adapter before the first of a sample's rounds; None where it is unknown."""
+        number = sample.recording
+        if number not in self._starts:
+            recording = self.recordings[number]
+            self._starts[number] = starts_of(recording, recording.rounds())
+        return self._starts[number].get(sample.rounds[0])
 
     def _sum(self, sample: Sample) -> AdapterUpdate:
         recording = self.recordings[sample.recording]

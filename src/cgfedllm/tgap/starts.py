@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cgfedllm.adapter import AdapterUpdate
+from cgfedllm.codecs import Start
 from cgfedllm.lora import initial_adapter
 from cgfedllm.tgap.recording import Recording
 
@@ -39,6 +40,21 @@ def adapter_states(recording: Recording, rounds: Iterable[int]) -> dict[int, Ada
             states[number] = state
         state = state + recording.aggregate(number).scaled(rate)
     return states
+
+
+def starts_of(recording: Recording, rounds: Iterable[int]) -> dict[int, Start]:
+    """What a codec is told of where updates of some rounds start from; empty if it is unknown.
+
+    Raises
+    ------
+    RecordingError
+        If an update cannot be read.
+    """
+    if why_no_states(recording):
+        return {}
+    origin = initial_adapter(recording.spec, recording.config.seed).vector
+    states = adapter_states(recording, rounds)
+    return {number: Start(state.vector, origin) for number, state in states.items()}
 
 
 def why_no_states(recording: Recording) -> str | None:

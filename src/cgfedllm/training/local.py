@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from cgfedllm import events
-from cgfedllm.adapter import AdapterUpdate
+from cgfedllm.adapter import AdapterUpdate, Float32Array
 from cgfedllm.config import TrainingConfig
 from cgfedllm.data.batching import RowOrder, micro_batches, steps_of_round, steps_per_round
 from cgfedllm.data.encoding import Example
@@ -27,6 +27,7 @@ from cgfedllm.training.optim import (
     restore_state,
     save_state,
 )
+from cgfedllm.training.subspace import SubspaceOptimizer
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class LocalTrainer:
         round: int,
         proximal_mu: float = 0.0,
         optimizer_state: OptimizerState | None = None,
+        directions: Mapping[str, Float32Array] | None = None,
     ) -> TrainResult:
         """Train for one round.
 
@@ -113,6 +115,8 @@ class LocalTrainer:
             FedProx: adds mu/2 * ||w - start||^2 to the loss (Li et al., arXiv 1812.06127).
         optimizer_state : dict of ndarray, optional
             Moments from this client's last round.
+        directions : mapping, optional
+            Train along these only (see `training.subspace`).
 
         Raises
         ------
@@ -128,9 +132,13 @@ class LocalTrainer:
         model.set_adapter(start)
         parameters = model.trainable_parameters()
         anchors = [p.detach().clone() for p in parameters] if proximal_mu else None
-        optimizer = make_optimizer(config, parameters)
+        optimizer: torch.optim.Optimizer | SubspaceOptimizer
+        if directions:
+            optimizer = SubspaceOptimizer(config, model.spec, parameters, directions)
+        else:
+            optimizer = make_optimizer(config, parameters)
         optimizer.zero_grad(set_to_none=True)  # a client that failed may have left its gradient
-        if optimizer_state is not None:
+        if optimizer_state is not None and isinstance(optimizer, torch.optim.Optimizer):
             restore_state(optimizer, model.spec, config.optimizer, optimizer_state)
 
         amount = {
@@ -150,8 +158,9 @@ class LocalTrainer:
                 step_began = time.perf_counter()
                 # the middle of the step: neither warm-up's first nor decay's last step is wasted
                 progress = round - 1 + (step - 0.5) / total
+                rate = learning_rate(config, progress, self._rounds)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, progress, self._rounds)
+                    group["lr"] = rate * group.get("scale", 1.0)
                 rows = [examples[i] for i in picked]
                 loss, n_labels, n_tokens = self._backward(rows)
                 if not math.isfinite(loss):
@@ -189,7 +198,7 @@ class LocalTrainer:
             seconds=time.perf_counter() - began,
             optimizer_state=(
                 save_state(optimizer, model.spec, config.optimizer)
-                if config.keep_optimizer
+                if config.keep_optimizer and isinstance(optimizer, torch.optim.Optimizer)
                 else None
             ),
         )

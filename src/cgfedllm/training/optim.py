@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ _MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 def make_optimizer(
-    config: TrainingConfig, parameters: Sequence[torch.nn.Parameter]
+    config: TrainingConfig, parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The configured optimiser over adapter parameters."""
+    """The configured optimiser over adapter parameters, or groups of them."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay

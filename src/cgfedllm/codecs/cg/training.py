@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
-from cgfedllm.codecs.base import CodecContext, CodecState
+from cgfedllm.codecs.base import CodecState
 from cgfedllm.codecs.cg import scales
 from cgfedllm.codecs.cg.alignment import aligned
 from cgfedllm.codecs.cg.codec import BESIDE, SCALE, SIGNS, scale_of
@@ -33,6 +33,7 @@ from cgfedllm.codecs.cg.nets import with_tensors
 from cgfedllm.codecs.cg.running import one_thread
 from cgfedllm.codecs.learning import Array, FitProgress, FitSettings, OnEpoch, Updates
 from cgfedllm.codecs.parts.draws import random_order
+from cgfedllm.codecs.parts.judging import judge
 from cgfedllm.errors import CodecStateError
 from cgfedllm.seeding import derive_seed, generator
 
@@ -108,7 +109,7 @@ def fit(
             {
                 "epoch": epoch,
                 "train_loss": loss,
-                **_judge(codec, judged, state),
+                **judge(codec, state, [(update, None) for update in judged]),
                 "seconds": time.perf_counter() - started,
             }
         )
@@ -325,29 +326,6 @@ def _resumed(
     except KeyError as missing:
         raise CodecStateError(f"{codec.name}: the fit to go on with lacks {missing}") from None
     return trainer
-
-
-def _judge(
-    codec: AutoEncoderCodec, updates: Sequence[AdapterUpdate], state: CodecState
-) -> dict[str, float]:
-    """Fidelity and rate of real packets, sums over sums."""
-    signal = error = inner = decoded = size = 0.0
-    for update in updates:
-        context = CodecContext(update.spec, 0, state=state)
-        packet = codec.encode(update, context)
-        x = update.vector.astype(np.float64)
-        y = codec.decode(packet, context).vector.astype(np.float64)
-        signal += float(x @ x)
-        decoded += float(y @ y)
-        inner += float(x @ y)
-        error += float(np.square(x - y).sum())
-        size += len(packet)
-    norms = math.sqrt(signal * decoded)
-    return {
-        "validation_snr_db": 10 * math.log10(signal / error) if error else math.inf,
-        "validation_cosine": inner / norms if norms else 0.0,
-        "validation_bpp": 8 * size / len(updates) / updates[0].spec.size,
-    }
 
 
 def _price(codec: AutoEncoderCodec, row: Mapping[str, float]) -> float:

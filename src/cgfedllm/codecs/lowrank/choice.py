@@ -5,9 +5,8 @@ r"""Which rank-one pieces are sent, and in which mode: one Lagrangian for the wh
     for each piece and mode:  worth = energy kept - lambda * bits;   the best mode, if worth > 0
     lambda by bisection, so that all of it fills a budget
 
-Modes 1 to 6 are the codes of `parts/trellis.py` at 1/8 to 1 bit an entry, mode 7 is a dead-zone
-quantiser; what they would keep comes from a model of two numbers a piece, its energy and how
-sign-like its entries are, so nothing is coded to choose.
+Modes are those of `parts/vectors.py`; what they would keep comes from a model of two numbers a
+piece, its energy and how sign-like its entries are, so nothing is coded to choose.
 """
 
 from __future__ import annotations
@@ -20,19 +19,9 @@ from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array
 from cgfedllm.codecs.lowrank.pieces import MOST_LEVEL, IntArray
 from cgfedllm.codecs.parts.matrices import MAX_ROWS, Batch
+from cgfedllm.codecs.parts.vectors import CODES, GAUSSIAN, UNIFORM, lean_of
 from cgfedllm.codecs.rate import largest_within
 
-CODES = (8, 6, 4, 3, 2, 1)
-"""Entries a bit of modes 1, 2, ...; mode 0 is no piece."""
-SCALAR = len(CODES) + 1
-"""Mode of pieces that are dead-zone quantised."""
-MODES = SCALAR + 1
-"""Number of modes."""
-
-# share of a piece's energy that a code keeps, for entries with a mean magnitude of 0.798 (Gaussian)
-# and 0.866 (uniform) of their root mean square; measured, and only used to choose
-_GAUSSIAN = np.array([0.140, 0.183, 0.265, 0.340, 0.464, 0.637])
-_UNIFORM = np.array([0.143, 0.189, 0.278, 0.362, 0.515, 0.750])
 # a dead-zone quantiser is worth it from about this many bits an entry
 _SCALAR_FROM = 1.1
 # bits of a piece beside its vectors: scale and mode
@@ -77,11 +66,8 @@ class Stack:
         directions = np.ascontiguousarray(vectors[:, :, ::-1][:, :, :depth].transpose(0, 2, 1))
         lean = np.empty_like(energies)
         for piece in range(depth):
-            row = project(matrices, directions[:, piece])
-            mean = np.abs(row).mean(axis=1, dtype=np.float64)
-            squared = mean**2 * batch.columns / np.maximum(energies[:, piece], 1e-300)
-            lean[:, piece] = (squared - _GAUSSIAN[-1]) / (_UNIFORM[-1] - _GAUSSIAN[-1])
-        return cls(matrices, directions, energies, np.clip(lean, -1.0, 2.0))
+            lean[:, piece] = lean_of(project(matrices, directions[:, piece]), energies[:, piece])
+        return cls(matrices, directions, energies, lean)
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,7 @@ class _Options:
         self._energies = stack.energies
         self._beside = _SCALE_AND_MODE_BITS + (short_bits * rows if rows > 1 else 0)
         lean = stack.lean[:, :, None]
-        self._keeps = np.clip(_GAUSSIAN + lean * (_UNIFORM - _GAUSSIAN), 0.0, 0.999)
+        self._keeps = np.clip(GAUSSIAN + lean * (UNIFORM - GAUSSIAN), 0.0, 0.999)
         self._gains = stack.energies[:, :, None] * self._keeps
         self._costs = self._beside + self._columns / np.array(CODES)
         # entries spread evenly have less entropy than Gaussian ones of the same variance

@@ -12,49 +12,29 @@ precision; here
 
 - the short vectors are sent with a few levels an entry and made orthonormal again on both ends,
   so that pieces are independent and all r of them are complete: no rate is out of reach;
-- a long vector is sent in one of the modes: 1/8 to 1/2 bit an entry by a convolutional code
-  (`parts/trellis.py`), its signs, or dead-zone quantised with one step for all such pieces;
+- a long vector is sent in one of the modes of `parts/vectors.py`: 1/8 to 1/2 bit an entry by a
+  convolutional code, its signs, or dead-zone quantised with one step for all such pieces;
 - which pieces are sent, and how, minimises ``squared error + lambda * bits`` over the update.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from cgfedllm.adapter import AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, register
 from cgfedllm.codecs.entropy import Float64Array, SymbolReader, SymbolWriter
 from cgfedllm.codecs.lowrank import pieces
-from cgfedllm.codecs.lowrank.choice import (
-    CODES,
-    MODES,
-    SCALAR,
-    Choice,
-    Stack,
-    choose,
-    depth_of,
-    project,
-)
+from cgfedllm.codecs.lowrank.choice import Choice, Stack, choose, depth_of, project
 from cgfedllm.codecs.lowrank.pieces import IntArray
-from cgfedllm.codecs.parts import trellis
-from cgfedllm.codecs.parts.deadzone import (
-    Histogram,
-    read_levels,
-    write_levels,
-)
-from cgfedllm.codecs.parts.fitting import finest_within
 from cgfedllm.codecs.parts.matrices import Batch, batches
+from cgfedllm.codecs.parts.vectors import MODES, SCALAR, read_vectors, write_vectors
 from cgfedllm.codecs.rate import RateOptions, payload_bits
-from cgfedllm.errors import CodecError, PacketError
+from cgfedllm.errors import CodecError
 
 _EXPONENT_BITS = 9
 _EXPONENT_OFFSET = 160  # float32 magnitudes are 2^-149 to 2^128
-# classes of scalar-quantised pieces by their scale, three quarters of an octave each
-_CLASSES = 6
-_CLASS_WIDTH = 3
-_STEP_BITS = 32
 # lowest scale, their span, and bits lost to whole bytes
 _RANGE_BITS = 26
 # expected bits of an entry of a short vector, until some are written, and of a piece's scale
@@ -141,21 +121,7 @@ def _write(stacks: list[Stack], exponent: int, budget: float) -> bytes:
     rows = [_long_vectors(*own) for own in zip(stacks, modes, levels, strict=True)]
     stacks.clear()  # not needed any more, and as large as the update
     flat = [own[own > 0] for own in modes]
-    magnitudes = [np.sqrt(np.square(own).mean(axis=1, dtype=np.float64)) for own in rows]
-    words: list[NDArray[np.uint8]] = []
-    for own, mode, magnitude in zip(rows, flat, magnitudes, strict=True):
-        for which, k in enumerate(CODES, 1):
-            at = np.flatnonzero(mode == which)
-            if at.size:
-                bits = trellis.encode(own[at], k)
-                word = trellis.decode(bits, k, own.shape[1])
-                magnitude[at] = (own[at] * word).mean(axis=1, dtype=np.float64)
-                words.append(bits)
-    codes = pieces.scale_codes(np.concatenate(magnitudes))
-    pieces.write_scales(writer, codes)
-    for bits in words:
-        trellis.write_bits(writer, bits)
-    _write_scalar(writer, rows, flat, codes, budget)
+    write_vectors(writer, rows, flat, budget)
     return writer.finish()
 
 
@@ -236,28 +202,6 @@ def _long_vectors(stack: Stack, modes: IntArray, levels: IntArray) -> Float32Arr
     return rows
 
 
-def _write_scalar(
-    writer: SymbolWriter,
-    rows: list[Float32Array],
-    modes: list[IntArray],
-    codes: IntArray,
-    budget: float,
-) -> None:
-    """All scalar-quantised pieces with what is left of the budget; a step of 0 if that is none."""
-    members = [
-        np.concatenate([own[at].reshape(-1) for own, at in zip(rows, which, strict=True)])
-        for which in _classes(modes, codes)
-    ]
-    if not members:
-        return
-    histogram = Histogram(members)
-    quantiser = finest_within(histogram, budget - writer.spent - _STEP_BITS)
-    writer.float32(quantiser.step if quantiser else 0.0)
-    if quantiser:
-        for values in members:
-            write_levels(writer, values, quantiser.levels(values), quantiser.step)
-
-
 # ---- decoder --------------------------------------------------------------------------------
 
 
@@ -268,16 +212,7 @@ def _read(payload: bytes, shapes: list[tuple[int, int, int, int]]) -> list[Float
     modes = pieces.read_modes(reader, [shape[:2] for shape in shapes], MODES)
     flat = [own[own > 0] for own in modes]
     levels = _read_short(reader, flat, [shape[2] for shape in shapes])
-    codes = pieces.read_scales(reader, sum(len(own) for own in flat))
-    magnitudes = np.split(pieces.scales(codes), np.cumsum([len(own) for own in flat])[:-1])
-    rows = [np.zeros((len(m), shape[3]), np.float32) for m, shape in zip(flat, shapes, strict=True)]
-    for own, mode, magnitude in zip(rows, flat, magnitudes, strict=True):
-        for which, k in enumerate(CODES, 1):
-            at = np.flatnonzero(mode == which)
-            if at.size:
-                bits = trellis.read_bits(reader, at.size, -(-own.shape[1] // k))
-                own[at] = trellis.decode(bits, k, own.shape[1]) * magnitude[at, None]
-    _read_scalar(reader, rows, flat, codes)
+    rows, _ = read_vectors(reader, flat, [shape[3] for shape in shapes])
     reader.finish()
     return [
         _expand(*own, exponent=exponent) for own in zip(modes, levels, rows, shapes, strict=True)
@@ -292,25 +227,6 @@ def _read_short(reader: SymbolReader, modes: list[IntArray], rows: list[int]) ->
         for own, a, read in zip(levels, at, pieces.read_levels(reader, shapes), strict=True):
             own[a] = read
     return levels
-
-
-def _read_scalar(
-    reader: SymbolReader, rows: list[Float32Array], modes: list[IntArray], codes: IntArray
-) -> None:
-    classes = _classes(modes, codes)
-    if not classes:
-        return
-    step = reader.float32(1)[0]
-    if not 0 <= step <= 2.0**32:  # NaN, too, is not
-        raise PacketError(f"lowrank: the step is {step}, not a number from 0 to 2^32")
-    if not step:
-        return
-    for which in classes:
-        sizes = [np.count_nonzero(at) * own.shape[1] for own, at in zip(rows, which, strict=True)]
-        values = read_levels(reader, int(sum(sizes)), step)
-        parts = np.split(values, np.cumsum(sizes)[:-1])
-        for own, at, part in zip(rows, which, parts, strict=True):
-            own[at] = part.reshape(-1, own.shape[1])
 
 
 def _expand(
@@ -347,14 +263,3 @@ def _basis(modes: IntArray, levels: IntArray) -> Float64Array:
     placed = np.zeros((*modes.shape, levels.shape[1]), np.int64)
     placed[modes > 0] = levels
     return pieces.orthonormal(placed)
-
-
-def _classes(modes: list[IntArray], codes: IntArray) -> list[list[NDArray[np.bool_]]]:
-    """Scalar-quantised pieces by class of scale: for each class that occurs, masks a stack."""
-    scalar = np.concatenate(modes) == SCALAR
-    if not scalar.any():
-        return []
-    classes = (codes - codes[scalar].min()) // _CLASS_WIDTH
-    classes = np.where(scalar, np.minimum(classes, _CLASSES - 1), -1)
-    ends = np.cumsum([len(own) for own in modes])[:-1]
-    return [np.split(classes == which, ends) for which in np.unique(classes[scalar])]

@@ -1,10 +1,9 @@
-r"""What `lowrank` sends beside its long vectors: modes, short vectors and scales of the pieces.
+r"""What `lowrank` sends beside its long vectors: modes and short vectors of the pieces.
 
 ::
 
     modes    (count, depth) a stack; a matrix's pieces come before its absent ones
     levels   (count, depth, rows) integers; scaled and made orthonormal by `orthonormal`
-    scales   an integer a piece, steps of a quarter of an octave
 
 A stack is all matrices of one shape (`matrices.Batch`); pieces of a stack are ordered by matrix,
 then by strength.
@@ -15,10 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array, SymbolReader, SymbolWriter
 from cgfedllm.codecs.parts.trellis import read_bits, write_bits
-from cgfedllm.errors import PacketError
 
 IntArray = NDArray[np.int64]
 
@@ -26,12 +23,6 @@ MOST_LEVEL = 63
 """Largest magnitude of a short vector's entry."""
 
 _LEVEL_BITS = 6
-_SCALE_BITS = 7
-_SCALES_AN_OCTAVE = 4
-# a piece's root mean square is at most 8 times the update's largest value
-_SCALE_ZERO = 12
-# 2^(-i/4), to the last bit the same everywhere
-_QUARTERS = np.array([1.0, 0.8408964152537145, 0.7071067811865476, 0.5946035575013605])
 
 
 def write_modes(writer: SymbolWriter, modes: list[IntArray], size: int) -> None:
@@ -98,46 +89,6 @@ def read_levels(reader: SymbolReader, shapes: list[tuple[int, int]]) -> list[Int
         own[mask] *= 1 - 2 * signs[start : start + count]
         start += count
     return levels
-
-
-def scale_codes(magnitudes: Float64Array) -> IntArray:
-    """Code of the scale nearest to each magnitude."""
-    octaves = -np.log2(np.maximum(magnitudes, 1e-30))
-    codes = np.rint(_SCALES_AN_OCTAVE * octaves).astype(np.int64) + _SCALE_ZERO
-    return np.asarray(np.clip(codes, 0, (1 << _SCALE_BITS) - 1))
-
-
-def scales(codes: IntArray) -> Float32Array:
-    """Scales of some codes."""
-    octaves, quarters = np.divmod(codes - _SCALE_ZERO, _SCALES_AN_OCTAVE)
-    values = np.ldexp(_QUARTERS[quarters], -octaves.astype(np.int32))
-    return np.asarray(values, np.float32)
-
-
-def write_scales(writer: SymbolWriter, codes: IntArray) -> None:
-    """Write codes of scales: their range, then each."""
-    if not codes.size:
-        return
-    low, span = int(codes.min()), int(np.ptp(codes))
-    writer.bits(low, _SCALE_BITS)
-    writer.bits(span, _SCALE_BITS)
-    # a table is worth its bits only for many pieces
-    if codes.size > 16 * (span + 1):
-        writer.symbols(codes - low, span + 1)
-    else:
-        writer.uniform(codes - low, span + 1)
-
-
-def read_scales(reader: SymbolReader, count: int) -> IntArray:
-    """Inverse of `write_scales`."""
-    if not count:
-        return np.zeros(0, np.int64)
-    low, span = (int(v) for v in reader.bits(_SCALE_BITS, 2))
-    if low + span >= 1 << _SCALE_BITS:
-        raise PacketError(f"lowrank: scales from {low} to {low + span} are out of range")
-    if count > 16 * (span + 1):
-        return low + reader.symbols(span + 1, count).astype(np.int64)
-    return low + reader.uniform(span + 1, count).astype(np.int64)
 
 
 def orthonormal(levels: IntArray) -> Float64Array:

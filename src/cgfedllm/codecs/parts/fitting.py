@@ -40,6 +40,8 @@ def finest_within(
         None if nothing that fits is better than zeros.
     """
     best: tuple[float, Quantiser | None] = (histogram.energy, None)
+    if not histogram.largest:
+        return None
     for dead_zone in dead_zones:
         low, high = histogram.largest * finest, histogram.largest * 2.1
         for _ in range(_HALVINGS):

@@ -1,0 +1,149 @@
+"""What `learned` knows of the long axis: from gradients, and from how the adapter has grown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs.learned.directions import (
+    ENERGIES,
+    WEIGHTS,
+    learn,
+    missed,
+    read_directions,
+    unknown,
+)
+from cgfedllm.codecs.learned.grown import grown_directions
+
+A, B = "m.layers.0.q_proj.lora_A.weight", "m.layers.0.q_proj.lora_B.weight"
+SPEC = AdapterSpec.from_shapes({A: (4, 60), B: (40, 4)})
+
+
+def orthonormal(count: int, n: int, seed: int = 0) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, count)))[0].T
+
+
+def gradients(
+    count: int, vectors: dict[str, np.ndarray], noise: float = 0.1
+) -> list[AdapterUpdate]:
+    """Rows along some directions, ever weaker ones, and a little of everything."""
+    rng = np.random.default_rng(1)
+    updates = []
+    for _ in range(count):
+        update = AdapterUpdate.zeros(SPEC)
+        for name, view in update.views().items():
+            along = rng.standard_normal((4, len(vectors[name]))) * 2.0 ** -np.arange(
+                len(vectors[name])
+            )
+            n = vectors[name].shape[1]
+            rows = along @ vectors[name] + noise / np.sqrt(n) * rng.standard_normal((4, n))
+            # whatever the length of a step, it says as much
+            view[...] = (rows if name == A else rows.T) * rng.uniform(0.01, 10)
+        updates.append(update)
+    return updates
+
+
+TRUE = {A: orthonormal(3, 60), B: orthonormal(3, 40, 1)}
+
+
+def test_directions_of_gradients_are_found() -> None:
+    known = read_directions(SPEC, learn(SPEC, gradients(30, TRUE), 3))
+    for name, vectors in TRUE.items():
+        cosines = np.abs((known[name].vectors * vectors).sum(axis=1))
+        assert (cosines > 0.98).all()
+
+
+def test_energies_are_shares_and_fall() -> None:
+    tensors = learn(SPEC, gradients(30, TRUE), 3)
+    for energies in tensors[ENERGIES]:
+        assert (np.diff(energies[:-1]) < 0).all()
+        assert energies[:-1].sum() == pytest.approx(1, abs=0.05)
+    assert missed(tensors) < 0.05 < missed(learn(SPEC, gradients(30, TRUE, noise=2.0), 3))
+
+
+def test_weights_of_a_are_the_inputs_moments_and_of_b_are_equal() -> None:
+    tensors = learn(SPEC, gradients(30, TRUE), 3)
+    of_a, of_b = tensors[WEIGHTS]
+    assert (of_b == 1).all()
+    ratios = tensors[ENERGIES][0] / tensors[ENERGIES][0][0]
+    np.testing.assert_allclose(of_a / of_a[0], ratios, rtol=1e-5)
+    mean = (of_a[:-1].sum() + 57 * of_a[-1]) / 60
+    assert mean == pytest.approx(1, rel=1e-5)
+
+
+def test_more_directions_than_there_are_stay_zero() -> None:
+    single = [AdapterUpdate.zeros(SPEC)]
+    single[0].views()[A][0] = 1
+    tensors = learn(SPEC, single, 8)
+    assert not tensors[A][1:].any()
+    assert not tensors[B].any()
+    for name in (ENERGIES, WEIGHTS):
+        assert (tensors[name] > 0).all()
+
+
+def test_learning_in_parts_finds_what_all_of_it_holds() -> None:
+    few, many = (learn(SPEC, gradients(count, TRUE, 0.5), 3)[A] for count in (8, 60))
+    vectors = [
+        own / np.linalg.norm(own.astype(float), axis=1, keepdims=True) for own in (few, many)
+    ]
+    for own, least in zip(vectors, (0.85, 0.97), strict=True):
+        assert np.abs((own * TRUE[A]).sum(axis=1)).min() > least
+
+
+def test_vectors_are_units_and_products_exact() -> None:
+    known = read_directions(SPEC, learn(SPEC, gradients(30, TRUE), 3))[A]
+    np.testing.assert_allclose(np.linalg.norm(known.vectors, axis=1), 1, rtol=1e-6)
+    rows = np.random.default_rng(3).standard_normal((4, 60)).astype(np.float32)
+    np.testing.assert_allclose(known.along(rows), rows @ known.vectors.T, atol=3e-3)
+    order = np.random.default_rng(4).permutation(60)
+    shuffled = type(known)(known.whole[:, order], known.energies, known.weights)
+    assert (known.along(rows) == shuffled.along(rows[:, order])).all()
+
+
+def test_a_gram_in_the_inputs_moments_weighs_directions() -> None:
+    known = read_directions(SPEC, learn(SPEC, gradients(30, TRUE), 3))[A]
+    rows = np.random.default_rng(3).standard_normal((4, 60)).astype(np.float32)
+    moments = known.weights[-1] * np.eye(60)
+    for vector, weight in zip(known.vectors.astype(float), known.weights[:-1], strict=True):
+        moments += (weight - known.weights[-1]) * np.outer(vector, vector)
+    np.testing.assert_allclose(known.gram(rows), rows @ moments @ rows.T, rtol=2e-3, atol=2e-2)
+
+
+def test_a_state_that_knows_nothing() -> None:
+    tensors = unknown(SPEC, 5)
+    assert {name: array.shape for name, array in tensors.items()} == {
+        A: (5, 60),
+        B: (5, 40),
+        ENERGIES: (2, 6),
+        WEIGHTS: (2, 6),
+    }
+    assert not read_directions(SPEC, tensors)[A].vectors.any()
+
+
+# ---- where the adapter has grown ----------------------------------------------------------------
+
+
+@given(st.integers(0, 100))
+def test_growth_lies_along_its_directions(seed: int) -> None:
+    rows = np.random.default_rng(seed).standard_normal((3, 4, 30))
+    vectors, shares = grown_directions(rows)
+    for own, growth, share in zip(vectors.astype(float), rows, shares, strict=True):
+        np.testing.assert_allclose(own @ own.T, np.eye(4), atol=1e-3)
+        np.testing.assert_allclose(growth @ own.T @ own, growth, atol=1e-2)
+        energies = np.square(growth @ own.T).sum(axis=0)
+        np.testing.assert_allclose(share, energies / energies.sum(), atol=1e-3)
+        assert (np.diff(share) <= 0).all()
+
+
+def test_growth_of_low_rank_has_fewer_directions() -> None:
+    rows = np.zeros((2, 4, 30))
+    rows[0] = np.outer([1.0, 2.0, -1.0, 0.5], orthonormal(1, 30)[0])
+    vectors, shares = grown_directions(rows)
+    assert np.abs(vectors[0, 0] @ orthonormal(1, 30)[0]) == pytest.approx(1, abs=1e-3)
+    assert not vectors[0, 1:].any()
+    np.testing.assert_array_equal(shares[0], [1, 0, 0, 0])
+    assert not vectors[1].any()
+    assert not shares[1].any()
