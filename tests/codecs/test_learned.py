@@ -190,6 +190,26 @@ def test_the_states_directions_and_the_grown_ones_have_classes_of_their_own() ->
     assert both.max() >= KNOWN_CLASSES
 
 
+def test_nothing_is_counted_twice() -> None:
+    """Directions that are not quite orthogonal, and growth along them."""
+    state = trained(directions=8)
+    known = axes_of(context_of(replace(begun(), origin=None), state), "parameters")
+    update = AdapterUpdate(SPEC, known.back(*known.into(normal(3).vector)))
+    for name, view in update.views().items():
+        vectors = _unit(state.tensors[name][:2])
+        view[...] = view @ vectors.T @ vectors if "lora_A" in name else vectors.T @ (vectors @ view)
+    origin = begun().origin
+    assert origin is not None
+    start = Start(origin + update.vector, origin)
+    rows, loose = axes_of(context_of(start, state), "parameters").into(update.vector)
+    assert energy(rows) < 1e-3 * update.norm() ** 2
+    assert energy([loose]) == pytest.approx(update.norm() ** 2, rel=0.05)
+
+
+def _unit(whole: np.ndarray) -> np.ndarray:
+    return whole / np.linalg.norm(whole.astype(np.float64), axis=1, keepdims=True)
+
+
 # ---- what it buys -------------------------------------------------------------------------------
 
 

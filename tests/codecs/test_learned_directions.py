@@ -129,7 +129,7 @@ def test_a_state_that_knows_nothing() -> None:
 @given(st.integers(0, 100))
 def test_growth_lies_along_its_directions(seed: int) -> None:
     rows = np.random.default_rng(seed).standard_normal((3, 4, 30))
-    vectors, shares = grown_directions(rows)
+    vectors, shares = grown_directions(rows, np.zeros((len(rows), 4, 0)))
     for own, growth, share in zip(vectors.astype(float), rows, shares, strict=True):
         np.testing.assert_allclose(own @ own.T, np.eye(4), atol=1e-3)
         np.testing.assert_allclose(growth @ own.T @ own, growth, atol=1e-2)
@@ -141,9 +141,16 @@ def test_growth_lies_along_its_directions(seed: int) -> None:
 def test_growth_of_low_rank_has_fewer_directions() -> None:
     rows = np.zeros((2, 4, 30))
     rows[0] = np.outer([1.0, 2.0, -1.0, 0.5], orthonormal(1, 30)[0])
-    vectors, shares = grown_directions(rows)
+    vectors, shares = grown_directions(rows, np.zeros((len(rows), 4, 0)))
     assert np.abs(vectors[0, 0] @ orthonormal(1, 30)[0]) == pytest.approx(1, abs=1e-3)
     assert not vectors[0, 1:].any()
     np.testing.assert_array_equal(shares[0], [1, 0, 0, 0])
     assert not vectors[1].any()
     assert not shares[1].any()
+
+
+def test_what_has_grown_along_known_directions_needs_no_others() -> None:
+    rows = 1e-3 * np.random.default_rng(0).standard_normal((2, 4, 30))
+    vectors, shares = grown_directions(rows, np.ones((2, 4, 3)))
+    assert not vectors.any()
+    assert not shares.any()

@@ -155,9 +155,10 @@ class Held:
                     row[b] += (weight - rest) * (along[a][i] * along[b][i])
         return out
 
-    def grown(self, factor: int) -> Matrix:
+    def grown(self, factor: int) -> tuple[Matrix, Matrix]:
         pairs = zip(self.now[factor], self.before[factor], strict=True)
         rows = [[f32(x - y) for x, y in zip(a, b, strict=True)] for a, b in pairs]
+        along: Matrix = [[] for _ in rows]
         if self.state:
             along = self.products(rows, factor)
             for i, direction in enumerate(self.directions(factor)):
@@ -165,7 +166,7 @@ class Held:
                     [x - own[i] * v for x, v in zip(row, direction, strict=True)]
                     for row, own in zip(rows, along, strict=True)
                 ]
-        return rows
+        return rows, along
 
 
 class Axes:
@@ -243,13 +244,16 @@ class Axes:
                 rest = [own[-1] for own in roots]
             sets.append(([held.directions(i) for i in self.places], shares, weights))
         if self.axes in (5, 6):
-            y = [
-                times(own, held.grown(place))
-                for own, place in zip(forward, self.places, strict=True)
-            ]
+            grown = [held.grown(place) for place in self.places]
+            y = [times(own, rows) for own, (rows, _) in zip(forward, grown, strict=True)]
+            known = [times(own, along) for own, (_, along) in zip(forward, grown, strict=True)]
             vectors, shares = [], []
-            for (q, t), own in zip(eigenvectors([gram(rows) for rows in y]), y, strict=True):
-                there = [value > 2.0**-16 * q[0] for value in q]
+            grams = [gram(rows) for rows in y]
+            for (q, t), own, g, c in zip(eigenvectors(grams), y, grams, known, strict=True):
+                all_ = math.fsum(
+                    [*(g[i][i] for i in range(len(g))), *(v * v for row in c for v in row)]
+                )
+                there = [value > 0 and value > 2.0**-8 * all_ for value in q]
                 inverse = [1 / math.sqrt(v) if ok else 0.0 for v, ok in zip(q, there, strict=True)]
                 product = times(transposed(t), own)
                 vectors.append(

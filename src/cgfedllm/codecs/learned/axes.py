@@ -183,7 +183,8 @@ class _Finder:
             rest, weights = weights[:, -1], weights[:, :-1] * (KNOWN_WORTH if effect else 1.0)
             parts.append((np.stack([each.vectors for each in own]), shares, weights))
         if self._origin is not None:
-            vectors, shares = grown_directions(times(forward, self._grown(group)))
+            beside, along = self._grown(group)
+            vectors, shares = grown_directions(times(forward, beside), times(forward, along))
             if vectors.any():
                 worth = GROWN_WORTH if effect else 1.0
                 weights = np.broadcast_to(worth * rest[:, None], shares.shape)
@@ -206,21 +207,22 @@ class _Finder:
             np.concatenate(classes, axis=2),
         )
 
-    def _grown(self, group: Sequence[Factor]) -> Float64Array:
-        """How factors have changed since the run began, beside the state's directions."""
+    def _grown(self, group: Sequence[Factor]) -> tuple[Float64Array, Float64Array]:
+        """How factors have grown since the run began: beside the state's directions, and along."""
         assert self._start is not None
         assert self._origin is not None
-        found = []
+        beside, along = [], []
         for factor in group:
             rows = self._rows(factor, self._start) - self._rows(factor, self._origin)
-            left = rows.astype(np.float64)
+            left, products = rows.astype(np.float64), np.zeros((len(rows), 0))
             if factor.name in self._known:
                 known = self._known[factor.name]
-                along = known.along(rows)
+                products = known.along(rows)
                 for i, vector in enumerate(known.vectors):
-                    left -= along[:, i, None] * vector
-            found.append(left)
-        return np.stack(found)
+                    left -= products[:, i, None] * vector
+            beside.append(left)
+            along.append(products)
+        return np.stack(beside), np.stack(along)
 
     def _rows(self, factor: Factor, vector: Float32Array) -> Float32Array:
         return to_rows(vector[self._spec.slices[factor.name]], factor)

@@ -88,8 +88,13 @@ class Kind:
             x = np.matmul(self.forward, x)
         loose = np.zeros(0, np.float32)
         if self.known is not None:
-            along = np.matmul(x, self.known.vectors.swapaxes(1, 2))
-            x = (x - np.matmul(along, self.known.vectors)) * self.known.rest[:, None, None]
+            vectors = self.known.vectors
+            along = np.matmul(x, vectors.swapaxes(1, 2))
+            left = x - np.matmul(along, vectors)
+            # directions are not quite orthogonal: once more, for what was counted twice
+            again = np.matmul(left, vectors.swapaxes(1, 2))
+            along += again
+            x = (left - np.matmul(again, vectors)) * self.known.rest[:, None, None]
             along *= self.known.weights[:, None]
             loose = along.swapaxes(0, 1).reshape(-1)
         x = x.swapaxes(0, 1)
