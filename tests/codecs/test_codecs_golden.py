@@ -27,12 +27,14 @@ from cgfedllm.codecs import Codec, CodecContext, CodecState, Start, codec_names,
 GOLDEN = Path(__file__).parent / "golden"
 # enough for what has rate control to send something of the larger adapter
 GOLDEN_BPP = 2.0
-# networks as small as they come; halves below zero stay exact
+# as small as they come; halves below zero stay exact
 GOLDEN_NETWORKS: dict[str, dict[str, Any]] = {
     "cg_cnn": {"stages": 2, "slope": 0.5},
     "cg_resnet": {"stages": 2, "slope": 0.5, "residual_blocks": 1},
     "cg_unet": {"stages": 2, "slope": 0.5, "residual_blocks": 1},
 }
+
+GOLDEN_OPTIONS = {**GOLDEN_NETWORKS, "learned": {"directions": 8}}
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 
@@ -106,8 +108,11 @@ def exact_state(codec: Codec, spec: AdapterSpec) -> CodecState:
 
 
 def golden_codec(name: str) -> Codec:
-    codec = make_codec(name, GOLDEN_NETWORKS.get(name))
-    return make_codec(name, {"bpp": GOLDEN_BPP}) if hasattr(codec.options, "bpp") else codec
+    options = GOLDEN_OPTIONS.get(name, {})
+    codec = make_codec(name, options)
+    return (
+        make_codec(name, {**options, "bpp": GOLDEN_BPP}) if hasattr(codec.options, "bpp") else codec
+    )
 
 
 def golden_case(codec: Codec) -> tuple[AdapterUpdate, CodecContext]:

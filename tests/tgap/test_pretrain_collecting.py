@@ -137,6 +137,7 @@ def test_a_codec_that_learns_gradients_is_fitted_and_used(
     path = tmp_path / "learned.safetensors"
     result = api.pretrain(tiny_config(*SMALL), "learned:bpp=1.0,directions=2", to=path)
     assert result.file.card["fit"]["epochs_run"] == 1
+    assert "[training]\nsubspace = true" in result.card_path.read_text()
     config = tiny_config(*SMALL, "data.part=d2", "uplink.name=learned", f'uplink.state="{path}"')
     first, *_, last = api.run(config).records
     assert not last.failures

@@ -15,8 +15,9 @@ import tomli_w
 from cgfedllm import __version__
 from cgfedllm.analysis.portable import portable_tree
 from cgfedllm.codecs import codec_class
+from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import Config
-from cgfedllm.errors import CodecError
+from cgfedllm.errors import CodecError, CodecStateError
 from cgfedllm.report.units import count_of, human_bytes, human_seconds
 from cgfedllm.storage import write_atomic
 from cgfedllm.tgap.recording import Recording
@@ -264,7 +265,17 @@ def _use(file: CodecFile, name: str) -> str:
         # another seed would draw another D1, and d2 would hold rows the codec comes from
         split = {"part": "d2", "d1_share": data[0]["d1_share"], "seed": data[0]["split_seed"]}
         tree = {"data": split, **tree}
+    if _knows_directions(file):
+        tree["training"] = {"subspace": True}
     return f"```toml\n{tomli_w.dumps(tree)}```"
+
+
+def _knows_directions(file: CodecFile) -> bool:
+    try:
+        codec = file.codec()
+    except CodecStateError:  # of a codec that is not known here
+        return False
+    return isinstance(codec, LearnedCodec) and bool(codec.directions(file.state, file.spec))
 
 
 def _span(rounds: Sequence[int]) -> str:

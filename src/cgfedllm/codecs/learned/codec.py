@@ -62,7 +62,7 @@ class LearnedOptions(RateOptions):
     """Rate, metric and what a state holds."""
 
     directions: int = Field(
-        default=8,
+        default=32,
         ge=1,
         le=64,
         description="Directions of the long axis that a state knows of each factor.",

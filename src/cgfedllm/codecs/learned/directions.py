@@ -34,7 +34,7 @@ ENERGIES = "energies"
 WEIGHTS = "weights"
 _LARGEST = 15
 # more directions are followed while learning than are kept
-_FOLLOWED = 4
+_FOLLOWED = 2
 _BATCH = 8
 # of the energy; what is below is noise of roundings
 _LEAST_SHARE = 1e-6
