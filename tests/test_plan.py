@@ -381,8 +381,10 @@ def test_pre_training_is_named(tiny: str, learning: str, tmp_path: Path) -> None
     config = load_config(None, [tiny])
     spec, _ = specs_from_config(make_transformers_config(config.model.id), config.lora)
     card = {"cost": {"uplink_bytes": 2**20, "downlink_bytes": 2**21}}
-    save_codec_file(path, codec, codec.initial_state(spec), spec, card)
+    state = CodecState.of({"values": np.arange(4, dtype=np.float32)}, 10)
+    save_codec_file(path, codec, state, spec, card)
     found = plan(tiny, learning, f"uplink.state={path}", clients=3)
+    assert found.codec_state.state == len(pack_whole(codec, state))
     assert (found.codec_state.sent, found.codec_state.tgap_uplink) == (3, 2**20)
     assert dict(found.rows())["pre-training"] == "1.00 MiB up and 2.00 MiB down, before this run"
     assert found.to_dict()["codec_state"]["tgap_downlink"] == 2**21

@@ -280,8 +280,9 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
     memory = _memory(config, model_config, model, spec, full, sampled, (codec, down))
     codec_state = None
     if isinstance(codec, LearnedCodec):
+        state = codec.initial_state(spec, config.seed) if file is None else file.state
         cost = {} if file is None else file.card.get("cost", {})
-        codec_state = _codec_state(config, codec, spec, trained_in, cost)
+        codec_state = _codec_state(config, len(pack_whole(codec, state)), trained_in, cost)
     return Plan(
         model=model,
         clients=total,
@@ -377,13 +378,11 @@ def _broadcasts(config: Config, clients: int, trained_in: list[list[int]]) -> tu
 
 def _codec_state(
     config: Config,
-    codec: LearnedCodec,
-    spec: AdapterSpec,
+    size: int,
     trained_in: list[list[int]],
     cost: Mapping[str, Any],
 ) -> CodecStatePlan:
-    """Play through what `federation.codec_state` sends."""
-    state = codec.initial_state(spec, config.seed)
+    """Play through what `federation.codec_state` sends, the whole state being so long."""
     derived, every = config.uplink.state is None, config.uplink.adapt_every
     held: dict[int, int] = {}
     sent = 0
@@ -393,7 +392,6 @@ def _codec_state(
             sent += held.get(client, 0 if derived else -1) != version
             if not config.federation.stateless:
                 held[client] = version
-    size = len(pack_whole(codec, state))
     return CodecStatePlan(
         state=size,
         sent=sent,

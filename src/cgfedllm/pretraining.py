@@ -364,11 +364,14 @@ class Pretraining:
         return {
             "training.optimizer": "sgd",
             "training.lr": 1.0,
+            "training.schedule": "constant",
+            "training.warmup_rounds": 0.0,
             "training.momentum": 0.0,
             "training.weight_decay": 0.0,
             # a rate of 1 is for gradients of limited length
             "training.max_grad_norm": self._config.training.max_grad_norm or 1.0,
             "training.keep_optimizer": False,
+            "federation.server_lr": 1.0,
         }
 
     def _noise_comes_too_late(self) -> bool:

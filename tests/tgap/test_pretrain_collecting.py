@@ -122,11 +122,16 @@ def test_from_each_clients_own_training(pca: str, tiny_config: MakeConfig) -> No
 def test_updates_are_collected_with_the_optimiser_that_teaches_most(
     tiny_config: MakeConfig, codec: str, asked: str, optimizer: str
 ) -> None:
-    config = tiny_config(f"tgap.optimizer={asked}", "training.max_grad_norm=0", "tgap.rounds=4")
-    training = Pretraining(config, codec, collects=True).collecting.training
+    config = tiny_config(
+        f"tgap.optimizer={asked}", "training.max_grad_norm=0", "tgap.rounds=4",
+        "training.schedule=cosine", "federation.server_lr=2",
+    )  # fmt: skip
+    collecting = Pretraining(config, codec, collects=True).collecting
+    training = collecting.training
     assert training.optimizer == optimizer
     if optimizer == "sgd":
         assert (training.lr, training.momentum, training.max_grad_norm) == (1.0, 0.0, 1.0)
+        assert (training.schedule, collecting.federation.server_lr) == ("constant", 1.0)
     else:
         assert training == config.training
 

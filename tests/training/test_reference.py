@@ -69,6 +69,12 @@ def test_if_only_a_share_of_the_clients_trains_it_takes_their_steps_only(run):
     assert len(done.steps) == 2 * 2 * 2  # two of three clients are sampled
 
 
+def test_it_trains_everywhere_whatever_clients_of_the_federation_do(run, tmp_path):
+    # the codec file is not looked at: there is no uplink
+    along = ("uplink.name=learned", f'uplink.state="{tmp_path}/no"', "training.subspace=true")
+    assert len(run(train_centralised, *along).steps) == 3 * len(CLIENTS) * 2
+
+
 def test_its_optimiser_is_never_reset(run, tiny_config, tmp_path):
     """As in ordinary training: rounds are only where it is looked at."""
     in_three = run(train_centralised, "training.local_steps=2", "federation.rounds=3")

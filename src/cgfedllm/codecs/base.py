@@ -160,7 +160,7 @@ class Codec(ABC):
         Returns
         -------
         bytes
-            The packet, as it goes over the wire. Same input, same bytes, on every machine.
+            The packet, as it goes over the wire. It decodes to the same values on every machine.
 
         Raises
         ------

@@ -69,7 +69,7 @@ from cgfedllm.workspace import Workspace, workspace_for
 
 # where `train` leaves optimiser moments for `compression`, in Flower's scratchpad for mods
 _MOMENTS = "optimizer-moments"
-# where `compression` tells `train` along which directions to train
+# where `compression` tells `train` along which directions to train, in the same scratchpad
 _DIRECTIONS = "directions"
 
 ClientFunction = Callable[[Message, Context], Message]
@@ -139,8 +139,11 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     config = message.content.config_records[CONFIG]
     message.content = RecordDict({ARRAYS: adapter_record(adapter), CONFIG: config})
     if codec is not None and session.workspace.config.training.subspace:
-        message.content[_DIRECTIONS] = _directions(codec, session.workspace.spec)
-    reply = call_next(message, context)
+        context.state[_DIRECTIONS] = _directions(codec, session.workspace.spec)
+    try:
+        reply = call_next(message, context)
+    finally:
+        context.state.array_records.pop(_DIRECTIONS, None)
     if codec is not None and ARRAYS in reply.content.array_records:
         moments = context.state.array_records.pop(_MOMENTS, None)
         optimizer = None if moments is None else _arrays(moments)
@@ -156,7 +159,7 @@ def train(message: Message, context: Context) -> Message:
     round_ = _round(config)
     start = adapter_of(workspace.spec, message.content.array_records[ARRAYS])
     keep = workspace.config.training.keep_optimizer
-    directions = message.content.array_records.get(_DIRECTIONS)
+    directions = context.state.array_records.get(_DIRECTIONS)
     result = workspace.trainer.train(
         start,
         workspace.examples(session.data, "train"),

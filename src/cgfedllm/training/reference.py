@@ -133,7 +133,11 @@ def _steps_of_federated_round(workspace: Workspace) -> int:
 def _trainer(workspace: Workspace, local_steps: int | None) -> LocalTrainer:
     config: Config = workspace.config
     # stateless federated clients could keep no optimiser; here there are no such clients
-    changes: dict[str, object] = {"training.keep_optimizer": True, "federation.stateless": False}
+    changes: dict[str, object] = {
+        "training.keep_optimizer": True,
+        "federation.stateless": False,
+        "training.subspace": False,  # there is no codec whose directions it could be
+    }
     if local_steps is not None:
         changes["training.local_steps"] = local_steps
     workspace.reset_frozen_factors()

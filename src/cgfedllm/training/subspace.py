@@ -9,7 +9,8 @@ and its gradient; C begins at zero in every round.
 
 An optimiser that divides by the size of the gradient moves every entry by about its learning
 rate, so n entries together by sqrt(n) times as much. In C the rate is sqrt(n) / 2 times the
-configured one: about half as far along each direction, and nowhere else.
+configured one: about half as far along each direction, and nowhere else. Gradients are clipped
+before, as they are of all parameters.
 """
 
 from __future__ import annotations
@@ -49,11 +50,9 @@ class SubspaceOptimizer:
         directions: Mapping[str, Float32Array],
     ) -> None:
         self._along: list[_Along] = []
-        self._whole = []
         groups: list[dict[str, Any]] = []
         for factor, parameter in zip(spec, parameters, strict=True):
             if factor.name not in directions:
-                self._whole.append(parameter)
                 groups.append({"params": [parameter]})
                 continue
             own = _Along(parameter, directions[factor.name], is_b=factor.kind == "B")

@@ -35,7 +35,6 @@ from threading import Lock
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cgfedllm.adapter import Factor, Float32Array
 from cgfedllm.codecs.base import CodecContext
@@ -47,7 +46,6 @@ from cgfedllm.codecs.parts.exact import gram, times, transposed
 from cgfedllm.codecs.parts.jacobi import eigenvectors
 from cgfedllm.codecs.parts.rows import row_count, to_rows
 
-IntArray = NDArray[np.int64]
 Metric = Literal["effect", "parameters"]
 
 CLASSES = 16
@@ -194,7 +192,7 @@ class _Finder:
         classes = []
         for at, (_, shares, weights) in enumerate(parts):
             foretold = values.T[:, :, None] * (shares * weights)
-            ratio = foretold / (foretold.max() or 1.0)
+            ratio = foretold / (max(float(foretold.max()), 0.0) or 1.0)
             octaves = np.where(ratio > 0, -np.frexp(ratio)[1], _KNOWN_WIDTH * KNOWN_CLASSES)
             own_classes = (octaves // _KNOWN_WIDTH).clip(0, KNOWN_CLASSES - 1).astype(np.int64)
             classes.append(own_classes + at * KNOWN_CLASSES)
@@ -240,7 +238,7 @@ class _Finder:
         grams = [self._gram(a) for a, _ in self._spec.pairs()]
         # a sum that does not depend on the order
         weights = [math.fsum(np.diagonal(own)) / len(own) for own in grams]
-        return (max(weights, default=0.0) or 1.0) * _FLOOR
+        return (max([*weights, 0.0]) or 1.0) * _FLOOR
 
 
 def _classified(found: Sequence[tuple[Kind, Float64Array | None]]) -> tuple[Kind, ...]:

@@ -52,6 +52,10 @@ _RANGE_BITS = 26
 # expected bits of a scale
 _SCALE_BITS = 3.2
 _TRIES = 8
+# of energies and weights: far beyond any that are learned, and no product of them overflows
+_BOUND = 40
+# more of them gain nothing here, and are most of an encoder's time
+_DEAD_ZONES = (0.55, 0.7, 1.0)
 _LEVEL = 19  # of zstd; slow to pack, which is done once a run
 _JUDGED = 8
 # dead-zone quantised rows take what is left of the budget; so much over it they still can
@@ -100,7 +104,7 @@ class Learned(LearnedCodec):
         return orthonormal(spec, state)
 
     def check_state(self, state: CodecState, spec: AdapterSpec) -> None:
-        """See `LearnedCodec.check_state`; energies and weights are also to be above 0.
+        """See `LearnedCodec.check_state`; energies and weights are also kept within bounds.
 
         Raises
         ------
@@ -109,8 +113,10 @@ class Learned(LearnedCodec):
         """
         super().check_state(state, spec)
         for name in (ENERGIES, WEIGHTS):
-            if not (state.tensors[name] > 0).all():
-                raise CodecStateError(f"the state is damaged: {name!r} is not above 0 everywhere")
+            own = state.tensors[name]
+            if not ((own >= 2.0**-_BOUND) & (own <= 2.0**_BOUND)).all():
+                bounds = f"2^-{_BOUND} to 2^{_BOUND}"
+                raise CodecStateError(f"the state is damaged: {name!r} is not from {bounds}")
 
     def fit(
         self,
@@ -129,6 +135,11 @@ class Learned(LearnedCodec):
             return CodecState.of(resume.tensors)
         began = time.perf_counter()
         state = CodecState.of(learn(train.spec, train, self.options.directions))
+        if not orthonormal(train.spec, state):
+            raise CodecStateError(
+                f"{self.name}: there are no directions to learn: the adapter has no pairs of "
+                "matrices (lora.freeze_a leaves none), or all updates are zero"
+            )
         row = {
             "epoch": 1,
             "train_loss": missed(state.tensors),
@@ -189,7 +200,9 @@ class Learned(LearnedCodec):
         writer.bits(exponent + _EXPONENT_OFFSET, _EXPONENT_BITS)
         _write_modes(writer, modes, axes)
         sent = [own[mode > 0] for own, mode in zip(rows, modes, strict=True)]
-        write_vectors(writer, sent, [mode[mode > 0] for mode in modes], budget, loose)
+        chosen = [mode[mode > 0] for mode in modes]
+        if not write_vectors(writer, sent, chosen, budget, loose, _DEAD_ZONES):
+            return b""
         return writer.finish()
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:

@@ -19,7 +19,7 @@ from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array, SymbolReader, SymbolWriter
 from cgfedllm.codecs.parts import trellis
 from cgfedllm.codecs.parts.deadzone import Histogram, read_levels, write_levels
-from cgfedllm.codecs.parts.fitting import finest_within
+from cgfedllm.codecs.parts.fitting import DEAD_ZONES, finest_within
 from cgfedllm.errors import PacketError
 
 IntArray = NDArray[np.int64]
@@ -69,7 +69,8 @@ def write_vectors(
     modes: list[IntArray],
     budget: float,
     loose: Sequence[Float32Array] = (),
-) -> None:
+    dead_zones: Sequence[float] = DEAD_ZONES,
+) -> bool:
     """Write vectors: scales, codewords, and the scalar-quantised ones with what is left.
 
     Parameters
@@ -82,6 +83,13 @@ def write_vectors(
         Bits the writer may hold in the end.
     loose : sequence of ndarray
         Values that are no vectors, class by class: quantised along.
+    dead_zones : sequence of float
+        To try, as `finest_within` does.
+
+    Returns
+    -------
+    bool
+        Whether anything was written that is not zero.
     """
     magnitudes = [np.sqrt(np.square(own).mean(axis=1, dtype=np.float64)) for own in rows]
     words: list[NDArray[np.uint8]] = []
@@ -97,7 +105,8 @@ def write_vectors(
     _write_scales(writer, codes)
     for bits in words:
         trellis.write_bits(writer, bits)
-    _write_scalar(writer, rows, modes, codes, budget, loose)
+    scalar = _write_scalar(writer, rows, modes, codes, budget, loose, dead_zones)
+    return scalar or bool(words)
 
 
 def read_vectors(
@@ -169,20 +178,25 @@ def _write_scalar(
     codes: IntArray,
     budget: float,
     loose: Sequence[Float32Array],
-) -> None:
-    """All scalar-quantised pieces with what is left of the budget; a step of 0 if that is none."""
+    dead_zones: Sequence[float],
+) -> bool:
+    """All scalar-quantised pieces with what is left of the budget; a step of 0 if that is none.
+
+    Whether it was any.
+    """
     members = [
         np.concatenate([own[at].reshape(-1) for own, at in zip(rows, which, strict=True)])
         for which in _classes(modes, codes)
     ] + list(loose)
     if not members:
-        return
+        return False
     histogram = Histogram(members)
-    quantiser = finest_within(histogram, budget - writer.spent - _STEP_BITS)
+    quantiser = finest_within(histogram, budget - writer.spent - _STEP_BITS, dead_zones)
     writer.float32(quantiser.step if quantiser else 0.0)
     if quantiser:
         for values in members:
             write_levels(writer, values, quantiser.levels(values), quantiser.step)
+    return quantiser is not None
 
 
 def _read_scalar(
