@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 
 from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.parts.deadzone import Histogram, Quantiser
-from cgfedllm.codecs.parts.vectors import CODES, GAUSSIAN, SCALAR, UNIFORM, lean_of
+from cgfedllm.codecs.parts.vectors import SCALAR, lean_of
+from cgfedllm.codecs.parts.worth import Modes
 from cgfedllm.codecs.rate import largest_within
 
 IntArray = NDArray[np.int64]
 
 # bits of a row beside its entries, until some are written: scale and mode
 SIDE_BITS = 4.5
-# a dead-zone quantiser is worth it from about this many bits an entry
-_SCALAR_FROM = 1.1
 # squared step over slope of a uniform quantiser at high rate
 _STEP_OF_SLOPE = 6 * float(np.log(2))
 
@@ -97,29 +96,18 @@ class _Options:
 
     def __init__(self, rows: Float32Array) -> None:
         self.energies = np.square(rows).sum(axis=1, dtype=np.float64)
-        lean = lean_of(rows, self.energies)[:, None]
-        keeps = np.clip(GAUSSIAN + lean * (UNIFORM - GAUSSIAN), 0.0, 0.999)
-        self._gains = self.energies[:, None] * keeps
-        self._length = rows.shape[1]
-        self._costs = self._length / np.array(CODES)
-        # entries spread evenly have less entropy than Gaussian ones of the same variance
-        self._above = 0.25 * (1 - np.clip(lean[:, 0], 0.0, 1.5))
+        lean = lean_of(rows, self.energies)
+        self._modes = Modes(self.energies, lean, rows.shape[1], SIDE_BITS)
 
     def at(self, slope: float) -> tuple[IntArray, float, float]:
         """Modes, bits of entries, and those of dead-zone quantised rows.
 
         One bit must gain `slope`.
         """
-        noise = slope / (2 * np.log(2))  # squared error an entry, at high rate
-        ratio = np.maximum(self.energies, 1e-300) / (self._length * noise)
-        rate = 0.5 * np.log2(ratio) + self._above
-        scalar_gain = np.where(rate < _SCALAR_FROM, -np.inf, self.energies - self._length * noise)
-        scalar_cost = self._length * np.maximum(rate, _SCALAR_FROM)
-        gains = np.column_stack([self._gains, scalar_gain])
-        costs = np.column_stack([np.broadcast_to(self._costs, self._gains.shape), scalar_cost])
-        worth = gains - slope * (costs + SIDE_BITS)
+        gains, costs, _ = self._modes.at(slope)
+        worth = gains - slope * costs
         best = worth.argmax(axis=1)
         each = np.arange(len(best))
         modes = np.where(worth[each, best] > 0, best + 1, 0)
-        spent = costs[each, best]
+        spent = costs[each, best] - SIDE_BITS
         return modes, float(spent[modes > 0].sum()), float(spent[modes == SCALAR].sum())

@@ -55,7 +55,7 @@ _TRIES = 8
 # of energies and weights: far beyond any that are learned, and no product of them overflows
 _BOUND = 40
 # more of them gain nothing here, and are most of an encoder's time
-_DEAD_ZONES = (0.55, 0.7, 1.0)
+_DEAD_ZONES = (0.001, 0.6, 1.0)
 _LEVEL = 19  # of zstd; slow to pack, which is done once a run
 _JUDGED = 8
 # dead-zone quantised rows take what is left of the budget; so much over it they still can

@@ -19,11 +19,10 @@ from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array
 from cgfedllm.codecs.lowrank.pieces import MOST_LEVEL, IntArray
 from cgfedllm.codecs.parts.matrices import MAX_ROWS, Batch
-from cgfedllm.codecs.parts.vectors import CODES, GAUSSIAN, UNIFORM, lean_of
+from cgfedllm.codecs.parts.vectors import lean_of
+from cgfedllm.codecs.parts.worth import Modes
 from cgfedllm.codecs.rate import largest_within
 
-# a dead-zone quantiser is worth it from about this many bits an entry
-_SCALAR_FROM = 1.1
 # bits of a piece beside its vectors: scale and mode
 _SCALE_AND_MODE_BITS = 4.5
 # steps of short vectors: measured factor on the theory's, and limits
@@ -105,32 +104,21 @@ class _Options:
         _, rows, self._columns = stack.matrices.shape
         self._energies = stack.energies
         self._beside = _SCALE_AND_MODE_BITS + (short_bits * rows if rows > 1 else 0)
-        lean = stack.lean[:, :, None]
-        self._keeps = np.clip(GAUSSIAN + lean * (UNIFORM - GAUSSIAN), 0.0, 0.999)
-        self._gains = stack.energies[:, :, None] * self._keeps
-        self._costs = self._beside + self._columns / np.array(CODES)
-        # entries spread evenly have less entropy than Gaussian ones of the same variance
-        self._above = 0.25 * (1 - np.clip(stack.lean, 0.0, 1.5))
+        self._modes = Modes(stack.energies, stack.lean, self._columns, self._beside)
         self._complete = stack.energies.shape[1] == rows
         self._coarsest = min(_COARSEST, 1 / np.sqrt(rows))
 
     def at(self, slope: float) -> tuple[IntArray, Float64Array, float, float]:
         """Modes, steps of short vectors and bits where one bit must gain `slope`."""
-        noise = slope / (2 * np.log(2))  # squared error an entry, at high rate
-        ratio = np.maximum(self._energies, 1e-300) / (self._columns * noise)
-        rate = 0.5 * np.log2(ratio) + self._above
-        scalar_cost = self._beside + self._columns * np.maximum(rate, _SCALAR_FROM)
-        scalar_gain = self._energies - self._columns * noise
-        scalar_gain[rate < _SCALAR_FROM] = -np.inf
-        gains = np.concatenate([self._gains, scalar_gain[:, :, None]], axis=2)
-        costs = np.broadcast_to(self._costs, self._gains.shape)
-        costs = np.concatenate([costs, scalar_cost[:, :, None]], axis=2)
+        gains, costs, ratio = self._modes.at(slope)
         worth = gains - slope * costs
         best = worth.argmax(axis=2)[:, :, None]
         modes = np.where(np.take_along_axis(worth, best, 2) > 0, best + 1, 0)[:, :, 0]
         modes *= np.minimum.accumulate(modes > 0, axis=1)
         cost = np.take_along_axis(costs, best, 2)[:, :, 0]
-        kept = np.concatenate([self._keeps, (1 - 1 / np.maximum(ratio, 2))[:, :, None]], axis=2)
+        kept = np.concatenate(
+            [self._modes.keeps, (1 - 1 / np.maximum(ratio, 2))[:, :, None]], axis=2
+        )
         kept = np.take_along_axis(kept, best, 2)[:, :, 0]
         # an entry of the short vector and one of the long may cost as much energy a bit
         steps = _SHORT_FACTOR * np.sqrt(12 * (1 - kept) / (kept * self._columns))
