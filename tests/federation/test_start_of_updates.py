@@ -26,6 +26,7 @@ class StartCodec(Codec):
     kind = "control"
     rates = "32 bits"
     summary = "for tests"
+    uses_start = True
 
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
         return digest(context) + update.vector.tobytes()

@@ -85,14 +85,16 @@ def measure(
     RecordingError
         If the recording is too short.
     """
+    tried = trials(candidates, rates, fitted)
     chosen = choose(recording, updates)
-    samples = load_samples(recording, chosen, seed=seed)
+    starts = any(trial.uses_start for trial in tried)
+    samples = load_samples(recording, chosen, seed=seed, starts=starts)
     n_updates = sum(len(group) for group in samples.values())
     result = OpenLoop(name, tuple(chosen))
     result.models.extend(_model_rows(name, samples))
     result.rows.extend(_reference_rows(name, samples))
     measured = [sample for group in samples.values() for sample in group]
-    for number, trial in enumerate(trials(candidates, rates, fitted)):
+    for number, trial in enumerate(tried):
         options = json.dumps(trial.described)
         try:
             if trial.fitted is not None:

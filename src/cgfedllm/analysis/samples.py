@@ -78,16 +78,19 @@ def spread(n: int, limit: int) -> list[int]:
 
 
 def load_samples(
-    recording: Recording, members: dict[int, list[int]], *, seed: int = 0
+    recording: Recording, members: dict[int, list[int]], *, seed: int = 0, starts: bool = False
 ) -> dict[int, list[Sample]]:
-    """Read the chosen updates, by round, each with the context it is coded in."""
+    """Read the chosen updates, by round, each with the context it is coded in.
+
+    Where updates start from takes all earlier rounds to find out, so only `starts` asks for it.
+    """
     known = set(recording.rounds())
-    starts = starts_of(recording, members)
+    known_starts = starts_of(recording, members) if starts else {}
     samples = {}
     for number, indices in members.items():
         before = recording.aggregate(number - 1).vector if number - 1 in known else None
         context = CodecContext(
-            recording.spec, number, seed, previous=before, start=starts.get(number)
+            recording.spec, number, seed, previous=before, start=known_starts.get(number)
         )
         entries = [recording.entries[index] for index in indices]
         samples[number] = [

@@ -21,7 +21,7 @@ from cgfedllm.analysis.samples import Sample, choose, load_samples
 from cgfedllm.analysis.swap import SwapRow, SwapTest
 from cgfedllm.analysis.trials import Trial
 from cgfedllm.errors import CodecError, CodecStateError, ConfigError, RecordingError
-from cgfedllm.tgap.starts import adapter_states, why_no_states
+from cgfedllm.tgap.starts import why_no_states
 
 if TYPE_CHECKING:
     from cgfedllm.tgap.recording import Recording
@@ -136,7 +136,9 @@ def study(
     RecordingError
         If the recording is too short or damaged.
     """
-    groups = load_samples(recording, choose(recording, updates, later=False), seed=seed)
+    starts = "fidelity" in parts or any(trial.uses_start for trial in trials)
+    chosen = choose(recording, updates, later=False)
+    groups = load_samples(recording, chosen, seed=seed, starts=starts)
     result = Study(name, tuple(groups))
     if "swap" in parts and not _has_neighbours(recording):
         parts = [part for part in parts if part != "swap"]
@@ -150,7 +152,7 @@ def study(
     if "fidelity" in parts:
         why = why_no_states(recording)
         if why is None:
-            states = adapter_states(recording, groups)
+            states = {number: _adapter(group[0]) for number, group in groups.items()}
         else:
             result.notes.append(f"no effective changes of products: {why}")
     if "noise" in parts:
@@ -263,6 +265,12 @@ def _measure(
         result.swap.append(swap.row(*where))
     if "rate" in parts:
         result.rate.append(rate_row(*where, one.coder, spec, sizes))
+
+
+def _adapter(sample: Sample) -> AdapterUpdate:
+    """What a sample starts from, where that is known."""
+    assert sample.context.start is not None
+    return AdapterUpdate(sample.context.spec, sample.context.start.adapter)
 
 
 def _has_neighbours(recording: Recording) -> bool:

@@ -39,6 +39,11 @@ class Trial:
         """For people."""
         return candidate_label(self.codec, self.described)
 
+    @property
+    def uses_start(self) -> bool:
+        """Whether it codes against where an update starts from."""
+        return not is_peer(self.codec) and codec_class(self.codec).uses_start
+
     def make(self, spec: AdapterSpec, seed: int = 0) -> Coder:
         """Build the codec, or a peer at the rate.
 

@@ -26,13 +26,12 @@ from cgfedllm.codecs.base import Codec, CodecContext, register
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
 from cgfedllm.codecs.parts import cosine
 from cgfedllm.codecs.parts.deadzone import Histogram, Quantiser, read_levels, write_levels
+from cgfedllm.codecs.parts.exponent import EXPONENT_BITS, exponent_of, read_exponent, write_exponent
 from cgfedllm.codecs.parts.fitting import DEAD_ZONES, finest_within
 from cgfedllm.codecs.parts.matrices import Batch, batches
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import PacketError
 
-_EXPONENT_BITS = 9
-_EXPONENT_OFFSET = 160  # float32 magnitudes are 2^-149 to 2^128
 # the largest value becomes an integer of this many bits
 _VALUE_BITS = 20
 # reconstruction points are integers in 32nds of a step; more levels than these are not made
@@ -87,11 +86,10 @@ class Dct(Codec):
     options: DctOptions
 
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
-        largest = float(np.abs(update.vector).max())
-        budget = payload_bits(context.spec, self.options.bpp) - _EXPONENT_BITS - _STEP_BITS
-        if not largest or budget < 8:
+        budget = payload_bits(context.spec, self.options.bpp) - EXPONENT_BITS - _STEP_BITS
+        if budget < 8 or not update.vector.any():
             return b""
-        exponent = int(np.frexp(largest)[1])
+        exponent = exponent_of(update.vector)
         groups = batches(context.spec)
         stacks = [self._coefficients(group, update.vector, exponent) for group in groups]
         classes = _classes(stacks)
@@ -108,7 +106,7 @@ class Dct(Codec):
         if quantiser is None:
             return b""
         writer = SymbolWriter()
-        writer.bits(exponent + _EXPONENT_OFFSET, _EXPONENT_BITS)
+        write_exponent(writer, exponent)
         writer.float32(quantiser.step)
         writer.symbols(classes, _CLASSES)
         for values in members:
@@ -119,7 +117,7 @@ class Dct(Codec):
         if not payload:
             return np.zeros(context.spec.size, np.float32)
         reader = SymbolReader(payload)
-        exponent = int(reader.bits(_EXPONENT_BITS, 1)[0]) - _EXPONENT_OFFSET
+        exponent = read_exponent(reader)
         step = reader.float32(1)[0]
         if not 0 < step <= 2.0**32:  # NaN, too, is not
             raise PacketError(f"{self.name}: the step is {step}, not a number from 0 to 2^32")

@@ -347,7 +347,8 @@ def _send(
     privacy = workspace.privacy
     update = protect_update(update, privacy, session.state.folder, client=name, round=round_)
     known = None if previous is None else previous.vector
-    begun = Start(start.vector, workspace.start.vector)
+    uses_start = codec.codec.uses_start
+    begun = Start(start.vector, workspace.start.vector) if uses_start else None
     encoded = encode_with_feedback(
         codec.codec,
         update,

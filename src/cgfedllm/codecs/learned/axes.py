@@ -35,6 +35,7 @@ from threading import Lock
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cgfedllm.adapter import Factor, Float32Array
 from cgfedllm.codecs.base import CodecContext
@@ -192,9 +193,8 @@ class _Finder:
         classes = []
         for at, (_, shares, weights) in enumerate(parts):
             foretold = values.T[:, :, None] * (shares * weights)
-            ratio = foretold / (max(float(foretold.max()), 0.0) or 1.0)
-            octaves = np.where(ratio > 0, -np.frexp(ratio)[1], _KNOWN_WIDTH * KNOWN_CLASSES)
-            own_classes = (octaves // _KNOWN_WIDTH).clip(0, KNOWN_CLASSES - 1).astype(np.int64)
+            octaves = _octaves(foretold, max(float(foretold.max()), 0.0))
+            own_classes = (octaves // _KNOWN_WIDTH).clip(0, KNOWN_CLASSES - 1)
             classes.append(own_classes + at * KNOWN_CLASSES)
         return Known(
             np.concatenate([vectors for vectors, _, _ in parts], axis=1),
@@ -252,9 +252,13 @@ def _classified(found: Sequence[tuple[Kind, Float64Array | None]]) -> tuple[Kind
     for kind, foretold in found:
         if foretold is not None:
             letter = kind.factors[0].kind
-            ratio = np.maximum(foretold.reshape(-1), 0) / (largest[letter] or 1.0)
-            octaves = np.where(ratio > 0, -np.frexp(ratio)[1], CLASSES - 1)
-            classes = octaves.clip(0, CLASSES - 1).astype(np.int64)
+            classes = _octaves(foretold.reshape(-1), largest[letter]).clip(0, CLASSES - 1)
             kind = replace(kind, classes=classes + (CLASSES if letter == "A" else 0))
         kinds.append(kind)
     return tuple(kinds)
+
+
+def _octaves(foretold: Float64Array, largest: float) -> NDArray[np.int64]:
+    """Octaves below the largest; what is not above 0 lies below all."""
+    ratio = foretold / (largest or 1.0)
+    return np.where(ratio > 0, -np.frexp(ratio)[1].astype(np.int64), CLASSES - 1)

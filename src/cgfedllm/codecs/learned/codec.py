@@ -36,13 +36,19 @@ from cgfedllm.codecs.learning import (
     OnEpoch,
     Updates,
 )
+from cgfedllm.codecs.parts.exponent import (
+    EXPONENT_BITS,
+    LOWEST_EXPONENT,
+    exponent_of,
+    read_exponent,
+    scaled_back,
+    write_exponent,
+)
 from cgfedllm.codecs.parts.judging import Judged, judge
 from cgfedllm.codecs.parts.vectors import MODES, read_vectors, write_vectors
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import CodecStateError, PacketError
 
-_EXPONENT_BITS = 9
-_EXPONENT_OFFSET = 160  # float32 magnitudes are 2^-149 to 2^128
 # how the axes are found; with _GROWN, also from how the adapter has changed
 _PLAIN, _PARAMETERS, _EFFECT = range(3)
 _GROWN = 4
@@ -184,20 +190,18 @@ class Learned(LearnedCodec):
                 how |= _GROWN
         axes = _axes(context, how)
         # first, so that sums stay finite
-        scale = _exponent([update.vector])
+        scale = exponent_of(update.vector)
         rows, coefficients = axes.into(np.ldexp(update.vector, -scale))
         if budget < 8 or not any(own.any() for own in [*rows, coefficients]):
             return b""
-        exponent = max(scale + _exponent([*rows, coefficients]), -_EXPONENT_OFFSET)
+        exponent = max(scale + exponent_of(*rows, coefficients), LOWEST_EXPONENT)
         rows = [np.ldexp(own, scale - exponent) for own in rows]
         coefficients = np.ldexp(coefficients, scale - exponent)
         loose = [coefficients[axes.loose == which] for which in np.unique(axes.loose)]
-        modes = _settle(rows, loose, axes, budget - _EXPONENT_BITS - _HOW_BITS - _RANGE_BITS).modes
-        if not loose and not any(own.any() for own in modes):
-            return b""
+        modes = _settle(rows, loose, axes, budget - EXPONENT_BITS - _HOW_BITS - _RANGE_BITS).modes
         writer = SymbolWriter()
         writer.bits(how, _HOW_BITS)
-        writer.bits(exponent + _EXPONENT_OFFSET, _EXPONENT_BITS)
+        write_exponent(writer, exponent)
         _write_modes(writer, modes, axes)
         sent = [own[mode > 0] for own, mode in zip(rows, modes, strict=True)]
         chosen = [mode[mode > 0] for mode in modes]
@@ -219,7 +223,7 @@ class Learned(LearnedCodec):
                 "learned: the packet needs what the run began with, which is not held"
             )
         axes = _axes(context, how)
-        exponent = int(reader.bits(_EXPONENT_BITS, 1)[0]) - _EXPONENT_OFFSET
+        exponent = read_exponent(reader)
         modes = _read_modes(reader, axes)
         lengths = [kind.shape[1] for kind in axes.kinds]
         classes = axes.loose
@@ -236,18 +240,7 @@ class Learned(LearnedCodec):
             full = np.zeros(kind.shape, np.float32)
             full[mode > 0] = own
             rows.append(full)
-        vector = axes.back(rows, coefficients)
-        if exponent > 64:  # the largest values may round to more than a float32 holds
-            most = np.ldexp(np.finfo(np.float32).max, -exponent)
-            np.clip(vector, -most, most, out=vector)
-        with np.errstate(over="ignore"):  # the caller refuses what is not finite
-            return np.ldexp(vector, exponent, out=vector)
-
-
-def _exponent(arrays: Sequence[Float32Array]) -> int:
-    """The least power of two above all magnitudes."""
-    largest = max(float(np.abs(own).max(initial=0)) for own in arrays)
-    return int(np.frexp(largest)[1])
+        return scaled_back(axes.back(rows, coefficients), exponent)
 
 
 def _spread(updates: Updates) -> Iterator[Judged]:

@@ -28,13 +28,18 @@ from cgfedllm.codecs.entropy import Float64Array, SymbolReader, SymbolWriter
 from cgfedllm.codecs.lowrank import pieces
 from cgfedllm.codecs.lowrank.choice import Choice, Stack, choose, depth_of, project
 from cgfedllm.codecs.lowrank.pieces import IntArray
+from cgfedllm.codecs.parts.exponent import (
+    EXPONENT_BITS,
+    exponent_of,
+    read_exponent,
+    scaled_back,
+    write_exponent,
+)
 from cgfedllm.codecs.parts.matrices import Batch, batches
 from cgfedllm.codecs.parts.vectors import MODES, SCALAR, read_vectors, write_vectors
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import CodecError
 
-_EXPONENT_BITS = 9
-_EXPONENT_OFFSET = 160  # float32 magnitudes are 2^-149 to 2^128
 # lowest scale, their span, and bits lost to whole bytes
 _RANGE_BITS = 26
 # expected bits of an entry of a short vector, until some are written, and of a piece's scale
@@ -74,10 +79,9 @@ class Lowrank(Codec):
         budget = payload_bits(context.spec, self.options.bpp)
         groups = batches(context.spec)
         self._check_rate(groups, context)
-        largest = float(np.abs(update.vector).max())
-        if not largest or budget < 8:
+        if budget < 8 or not update.vector.any():
             return b""
-        exponent = int(np.frexp(largest)[1])
+        exponent = exponent_of(update.vector)
         vector = np.ldexp(update.vector, -exponent)
         stacks = [Stack.of(group, vector, self.options.max_pieces) for group in groups]
         del vector
@@ -110,11 +114,11 @@ class Lowrank(Codec):
 
 
 def _write(stacks: list[Stack], exponent: int, budget: float) -> bytes:
-    modes, levels = _settle(stacks, budget - _EXPONENT_BITS - _RANGE_BITS)
+    modes, levels = _settle(stacks, budget - EXPONENT_BITS - _RANGE_BITS)
     if not any(own.any() for own in modes):
         return b""
     writer = SymbolWriter()
-    writer.bits(exponent + _EXPONENT_OFFSET, _EXPONENT_BITS)
+    write_exponent(writer, exponent)
     pieces.write_modes(writer, modes, MODES)
     _write_short(writer, modes, levels)
 
@@ -208,7 +212,7 @@ def _long_vectors(stack: Stack, modes: IntArray, levels: IntArray) -> Float32Arr
 def _read(payload: bytes, shapes: list[tuple[int, int, int, int]]) -> list[Float32Array]:
     """Matrices of each stack; a stack's shape is (count, depth, rows, columns)."""
     reader = SymbolReader(payload)
-    exponent = int(reader.bits(_EXPONENT_BITS, 1)[0]) - _EXPONENT_OFFSET
+    exponent = read_exponent(reader)
     modes = pieces.read_modes(reader, [shape[:2] for shape in shapes], MODES)
     flat = [own[own > 0] for own in modes]
     levels = _read_short(reader, flat, [shape[2] for shape in shapes])
@@ -248,11 +252,7 @@ def _expand(
         row = rows[start[at] + depth]
         for entry in range(height):
             out[at, entry] += row * basis[at, depth, entry, None]
-    if exponent > 64:  # the largest values may round to more than a float32 holds
-        most = np.ldexp(np.finfo(np.float32).max, -exponent)
-        np.clip(out, -most, most, out=out)
-    with np.errstate(over="ignore"):  # the caller refuses what is not finite
-        return np.ldexp(out, exponent, out=out)
+    return scaled_back(out, exponent)
 
 
 # ---- both -----------------------------------------------------------------------------------
