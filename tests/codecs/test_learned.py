@@ -207,6 +207,30 @@ def test_nothing_is_counted_twice() -> None:
     assert energy([loose]) == pytest.approx(update.norm() ** 2, rel=0.05)
 
 
+def test_growth_along_known_directions_adds_no_others() -> None:
+    """Of a few large entries, coarsely kept: what projecting once leaves is no direction.
+
+    It was one: 16 % of the growth, along what was known already. A coefficient that was dropped
+    beside it then took the sign of the whole, and error feedback grew by a quarter every round.
+    """
+    rng = np.random.default_rng(0)
+    state, start = trained(directions=8), begun()
+    tensors = {name: array.copy() for name, array in state.tensors.items()}
+    assert start.origin is not None
+    grown = AdapterUpdate(SPEC, start.origin.copy())
+    for name, view in grown.views().items():
+        n = max(view.shape)
+        true = np.linalg.qr(rng.standard_normal((n, 8)) ** 5)[0].T
+        tensors[name][:] = np.rint(true * (5 / np.abs(true).max(axis=1, keepdims=True)))
+        along = rng.standard_normal((RANK, 8)) @ np.linalg.qr(tensors[name].T.astype(float))[0].T
+        view[...] += along if "lora_A" in name else along.T
+    context = context_of(Start(grown.vector, start.origin), CodecState.of(tensors))
+    for kind in axes_of(context, "effect").kinds:
+        assert kind.known is not None
+        for vectors in kind.known.vectors.astype(np.float64):
+            assert np.linalg.norm(vectors, 2) ** 2 < 1.6
+
+
 def _unit(whole: np.ndarray) -> np.ndarray:
     return whole / np.linalg.norm(whole.astype(np.float64), axis=1, keepdims=True)
 

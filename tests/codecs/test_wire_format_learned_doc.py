@@ -160,11 +160,17 @@ class Held:
         rows = [[f32(x - y) for x, y in zip(a, b, strict=True)] for a, b in pairs]
         along: Matrix = [[] for _ in rows]
         if self.state:
-            along = self.products(rows, factor)
-            for i, direction in enumerate(self.directions(factor)):
-                rows = [
-                    [x - own[i] * v for x, v in zip(row, direction, strict=True)]
-                    for row, own in zip(rows, along, strict=True)
+            along = [[0.0] * len(self.directions(factor)) for _ in rows]
+            for _ in range(2):
+                more = self.products(rows, factor)
+                for i, direction in enumerate(self.directions(factor)):
+                    rows = [
+                        [x - own[i] * v for x, v in zip(row, direction, strict=True)]
+                        for row, own in zip(rows, more, strict=True)
+                    ]
+                along = [
+                    [a + m for a, m in zip(own, new, strict=True)]
+                    for own, new in zip(along, more, strict=True)
                 ]
         return rows, along
 

@@ -215,9 +215,14 @@ class _Finder:
             left, products = rows.astype(np.float64), np.zeros((len(rows), 0))
             if factor.name in self._known:
                 known = self._known[factor.name]
-                products = known.along(rows)
-                for i, vector in enumerate(known.vectors):
-                    left -= products[:, i, None] * vector
+                products = np.zeros((len(rows), len(known.whole)))
+                # twice: directions are not quite orthogonal, and what one pass leaves along them
+                # would count as a direction of its own, next to the one it is
+                for _ in range(2):
+                    more = known.along(left)
+                    products += more
+                    for i, vector in enumerate(known.vectors):
+                        left -= more[:, i, None] * vector
             beside.append(left)
             along.append(products)
         return np.stack(beside), np.stack(along)
