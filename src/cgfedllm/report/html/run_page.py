@@ -1,0 +1,281 @@
+"""What the report of one run says, section by section."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import tomli_w
+
+from cgfedllm.analysis.portable import portable_command, portable_tree
+from cgfedllm.config import Config
+from cgfedllm.report.html import figures, tables
+from cgfedllm.report.html.charts import Chart, stacked
+from cgfedllm.report.html.heat import heat_map
+from cgfedllm.report.html.reading import Machine, RunFacts
+from cgfedllm.report.html.tables import Table
+from cgfedllm.report.model_card import options_text
+from cgfedllm.report.rows import flatten
+from cgfedllm.report.summary import Traffic
+from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
+
+_WORTH_SAYING = 1.05
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number of the headline."""
+
+    label: str
+    value: str
+    note: str
+
+
+def run_page(run: RunFacts) -> dict[str, Any]:
+    """Values for the template ``run.html``."""
+    return {
+        "title": run.name,
+        "state": run.state,
+        "lede": lede(run),
+        "tiles": tiles(run),
+        "problems": run.problems,
+        "setup": setup(run.config) if run.config else [],
+        "learning": _present(figures.nll_chart(run), figures.loss_chart(run)),
+        "traffic": tables.traffic_table(run) if run.records and not run.is_reference else None,
+        "traffic_charts": figures.traffic_charts(run),
+        "traffic_notes": _traffic_notes(run),
+        "clients": tables.client_table(run) if run.clients else None,
+        "weights": tables.module_table(run.weights) if run.weights else None,
+        "heat": heat_map(run.weights),
+        "norms": _present(figures.norm_chart(run)),
+        "card": tables.card_table(run.card) if run.card else None,
+        "time": _time(run),
+        "seconds": _present(figures.seconds_chart(run)),
+        "faults": _faults(run),
+        "fault_notes": _fault_notes(run),
+        "privacy": _privacy(run),
+        "epsilon": _present(figures.epsilon_chart(run)),
+        "rounds": tables.rounds_table(run) if run.records else None,
+        "changed": changed(run),
+        "config": tomli_w.dumps(run.tree),
+        "environment": environment(run),
+    }
+
+
+def lede(run: RunFacts) -> str:
+    """Say what happened, in two or three sentences."""
+    done, summary = _trained(run), run.summary
+    if run.state == "running":
+        parts = [f"Still running: {_of(run)} done."]
+    elif run.state == "unfinished":
+        parts = [f"Stopped before its end: {_of(run)} done."]
+    elif run.is_reference:
+        parts = [f"{count_of(done, 'round')} of training without a federation: nothing travelled."]
+    else:
+        who = count_of(len(run.clients), "client")
+        parts = [f"{who} trained one adapter in {count_of(done, 'round')}."]
+    if summary.heldout and _evaluations(run) > 1:
+        change = summary.heldout.difference
+        way = "fell" if change < 0 else "rose" if change > 0 else "changed"
+        parts.append(f"Held-out NLL {way} by {abs(change):.4f} nats per label token.")
+    if _saves(summary.uplink):
+        ratio = human_ratio(summary.uplink.times_fewer).removesuffix("x")
+        parts.append(f"The uplink carried {ratio} times fewer bytes than bare float32.")
+    return " ".join(parts)
+
+
+def tiles(run: RunFacts) -> list[Tile]:
+    """The headline's numbers; what is not known is left out."""
+    summary, shown = run.summary, []
+    if summary.heldout:
+        change = summary.heldout
+        note = f"{tables.signed(change.difference)} from {change.before:.4f}, {figures.NLL}"
+        if _evaluations(run) < 2:
+            note = f"evaluated once, {figures.NLL}"
+        shown.append(Tile("Held-out NLL", tables.fixed(change.after), note))
+    if summary.uplink.sent:
+        sent, fp32 = human_bytes(summary.uplink.sent), human_bytes(summary.uplink.fp32)
+        if _saves(summary.uplink):
+            fewer = human_ratio(summary.uplink.times_fewer).removesuffix("x")
+            value, note = f"{fewer}× fewer", f"{sent} instead of {fp32}"
+        else:
+            value, note = sent, f"bare float32 weighs {fp32}"
+        if summary.tgap_uplink_bytes:
+            note += f"; pre-training apart, {human_bytes(summary.tgap_uplink_bytes)}"
+        shown.append(Tile("Uplink", value, note))
+        shown.append(
+            Tile("Bits per parameter", tables.bits(summary.uplink), "uplink, headers included")
+        )
+    if summary.seconds["total"]:
+        note = f"{_of(run)}, {count_of(len(run.clients), 'client')}"
+        note = _of(run) if run.is_reference else note
+        shown.append(Tile("Time", human_seconds(summary.seconds["total"]), note))
+    return shown
+
+
+def setup(config: Config) -> list[tuple[str, str]]:
+    """What was run, in words."""
+    tree, federation, training = portable_tree(config), config.federation, config.training
+    steps = (
+        f"{training.local_steps} steps"
+        if training.local_steps is not None
+        else f"{training.local_epochs or 0:g} epochs"
+    )
+    uplink = f"{config.uplink.name} ({options_text(config.uplink.options)})"
+    uplink = uplink.replace(" (none)", "")
+    if config.keeps_residual:
+        uplink += ", error feedback"
+    return [
+        ("Model", tree["model"]["id"]),
+        ("Adapter", f"LoRA rank {config.lora.rank} on {', '.join(config.lora.target_modules)}"),
+        ("Data", f"{tree['data']['source']}, {config.data.partition.kind} partition"),
+        (
+            "Local training",
+            f"{steps} of {training.optimizer}, rate {training.lr:g}, batch {training.batch_size}",
+        ),
+        (
+            "Aggregation",
+            f"{federation.strategy.name}, {100 * federation.fraction_train:g} % of clients a round",
+        ),
+        ("Uplink codec", uplink),
+        ("Downlink codec", config.downlink.name),
+        ("Seed", str(config.seed)),
+    ]
+
+
+def changed(run: RunFacts) -> Table | None:
+    """Settings that are not what they are by default."""
+    if run.config is None:
+        return None
+    defaults, own = flatten(portable_tree(Config())), flatten(portable_tree(run.config))
+    rows = [
+        (key, tables.value_text(own.get(key)))
+        for key in {**own, **defaults}
+        if own.get(key) != defaults.get(key) and key not in ("name", "output")
+    ]
+    return tables.facts_table("Settings that differ from the defaults", rows) if rows else None
+
+
+def environment(run: RunFacts) -> Table | None:
+    """Versions, hardware, seed, commands."""
+    found = run.environment
+    facts = _machine(found)
+    if found.seed is not None:
+        facts.insert(0, ("seed", str(found.seed)))
+    for again in found.resumed:
+        known = {text for _, text in facts}
+        label = f"resumed after round {again.after_round}"
+        differs = [f"{key} {text}" for key, text in _machine(again) if text not in known]
+        facts.append((label, "; ".join(differs) or "with the same versions and hardware"))
+    return tables.facts_table("Where and with what it ran", facts) if facts else None
+
+
+def _machine(machine: Machine) -> list[tuple[str, str]]:
+    cpus = [f"{machine.cpus}"] if machine.cpus else []
+    if machine.usable_cpus and machine.usable_cpus != machine.cpus:
+        cpus.append(f"{machine.usable_cpus} usable")
+    facts = [
+        ("started", machine.started_at),
+        ("command", portable_command(machine.command) if machine.command else None),
+        *((f"{package} version", version) for package, version in machine.versions.items()),
+        ("platform", machine.platform),
+        ("processor", machine.processor),
+        ("CPUs", ", ".join(cpus)),
+        ("memory", human_bytes(machine.memory_bytes) if machine.memory_bytes else None),
+        ("torch threads", str(machine.threads) if machine.threads else None),
+        ("GPU", machine.gpu),
+    ]
+    return [(label, text) for label, text in facts if text]
+
+
+def _trained(run: RunFacts) -> int:
+    """Rounds done, the flush left out."""
+    return sum(r.round > 0 and not r.flush for r in run.records)
+
+
+def _evaluations(run: RunFacts) -> int:
+    return sum(r.heldout_nll is not None for r in run.records)
+
+
+def _saves(traffic: Traffic) -> bool:
+    """Whether it is worth saying how many times fewer bytes there were."""
+    return traffic.times_fewer is not None and traffic.times_fewer >= _WORTH_SAYING
+
+
+def _of(run: RunFacts) -> str:
+    done = run.summary.rounds
+    if run.rounds is None or done == run.rounds:
+        return count_of(done, "round")
+    return f"{done:,} of {count_of(run.rounds, 'round')}"
+
+
+def _traffic_notes(run: RunFacts) -> list[str]:
+    summary, notes = run.summary, []
+    if summary.codec_bytes or summary.tgap_uplink_bytes or summary.tgap_downlink_bytes:
+        notes.append(
+            "What a learned codec costs beside its packets (its state, its pre-training) stands "
+            "on lines of its own and is in neither uplink nor downlink."
+        )
+    flushed = [r for r in run.records if r.flush]
+    if flushed:
+        sent = human_bytes(flushed[-1].uplink_bytes)
+        notes.append(
+            f"Round {flushed[-1].round} is the flush: nobody trained, clients sent what error "
+            f"feedback still held ({sent}; it is in the uplink above)."
+        )
+    return notes
+
+
+def _time(run: RunFacts) -> dict[str, Any] | None:
+    parts = tables.time_parts(run.summary.seconds)
+    whole = sum(spent for _, spent in parts)
+    if not whole or not math.isfinite(whole):
+        return None
+    return {
+        "bar": stacked(parts, whole, human_seconds),
+        "legend": [name for name, _ in parts],
+        "table": tables.time_table(run.summary.seconds),
+        "total": human_seconds(run.summary.seconds["total"]),
+    }
+
+
+def _faults(run: RunFacts) -> Table | None:
+    table = tables.fault_table(run.records)
+    return table if table.rows else None
+
+
+def _fault_notes(run: RunFacts) -> list[str]:
+    notes = [
+        f"Round {r.round} was tried {count_of(r.attempts, 'time')}: too few replies were usable."
+        for r in run.records
+        if r.attempts > 1
+    ]
+    return notes + [
+        f"The run was stopped and went on after round {again.after_round}"
+        + (f" ({again.started_at})." if again.started_at else ".")
+        for again in run.environment.resumed
+    ]
+
+
+def _privacy(run: RunFacts) -> Table | None:
+    config = run.config
+    if config is None or config.privacy.mechanism == "none":
+        return None
+    privacy = config.privacy
+    spent = [r.epsilon for r in run.records if r.epsilon is not None]
+    facts = [
+        ("mechanism", f"{privacy.mechanism} differential privacy"),
+        ("epsilon spent", tables.fixed(spent[-1], ".3f") if spent else tables.NOTHING),
+        ("epsilon, budget of the run", f"{privacy.epsilon:g}"),
+        ("delta", f"{privacy.delta:g}" if privacy.delta is not None else "1 / clients^1.1"),
+        ("clipping norm", f"{privacy.clip:g}"),
+        ("accountant", privacy.accountant),
+    ]
+    if privacy.repeatable:
+        facts.append(("noise", "drawn from the run’s seed: it hides nothing from who knows that"))
+    return tables.facts_table("Privacy of a client’s part in the run", facts)
+
+
+def _present(*charts: Chart | None) -> list[Chart]:
+    return [chart for chart in charts if chart is not None]
