@@ -123,15 +123,17 @@ def _linear(
         low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         low, high = (low, low + 1.0) if zero else (low - 0.5, low + 0.5)
-    places = list(MaxNLocator(_MOST_TICKS, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
-    digits = _digits(places[1] - places[0])
-    ticks = tuple((unit * place, f"{place:,.{digits}f}".replace("-", "−")) for place in places)
+    locator = MaxNLocator(_MOST_TICKS, steps=[1, 2, 2.5, 5, 10])
+    places = [float(place) for place in locator.tick_values(low, high)]
+    form = _form(places[1] - places[0])
+    ticks = tuple((unit * place, format(place, form).replace("-", "−")) for place in places)
     return unit * places[0], unit * places[-1], ticks
 
 
-def _digits(step: float) -> int:
-    """Decimals that tell ticks so far apart from each other."""
-    return next((d for d in range(9) if abs(round(step, d) - step) < 1e-6 * step), 9)
+def _form(step: float) -> str:
+    """Format that tells ticks so far apart from each other."""
+    digits = next((d for d in range(7) if abs(round(step, d) - step) < 1e-6 * step), None)
+    return ".3g" if digits is None else f",.{digits}f"
 
 
 def _short_bytes(count: int) -> str:

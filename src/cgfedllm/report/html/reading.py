@@ -153,7 +153,7 @@ def read_run(folder: RunFolder) -> RunFacts:
         try:
             return read(folder)
         except CgFedLlmError as error:
-            problems.append(_first_line(error).replace(f"{folder.path}/", ""))
+            problems.append(" ".join(str(error).replace(f"{folder.path}/", "").split()))
             return otherwise
 
     tree: dict[str, Any] = attempt(_tree, {})
@@ -240,10 +240,6 @@ def _checked(kind: type[T], value: Any, what: str) -> T:
     except ValidationError as error:
         at = ".".join(map(str, error.errors()[0]["loc"])) or "top"
         raise CheckpointError(f"{what} is damaged at {at!r} and left out") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def labels_of(runs: Sequence[RunFacts]) -> list[str]:

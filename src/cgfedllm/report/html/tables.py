@@ -91,30 +91,40 @@ def traffic_table(run: RunFacts) -> Table:
     )
 
 
+@dataclass
+class _Part:
+    """One client's part in a run, added up."""
+
+    rows: int | None = None
+    rounds: int = 0
+    uplink: int = 0
+    downlink: int = 0
+    codec: int = 0
+    seconds: float = 0.0
+    failures: int = 0
+
+
 def client_table(run: RunFacts) -> Table:
     """One row a client: who it is, what it sent, and how its own rows fare."""
-    losses = run.summary.clients
-    weights = _weights(run)
+    losses, parts = run.summary.clients, _parts(run)
+    weights = _weights(run, parts)
     rows = []
-    for name in run.clients:
-        own = [(r, c) for r in run.records for c in r.clients if c.client == name]
-        trained = [c for r, c in own if not r.flush]
-        failed = sum(f.client == name for r in run.records for f in r.failures)
+    for name, part in parts.items():
         change = losses.get(name)
         rows.append(
             [
                 name,
-                f"{trained[-1].examples:,}" if trained else NOTHING,
-                fixed(weights.get(name), ".1f") + " %" if name in weights else NOTHING,
-                str(len(trained)),
+                NOTHING if part.rows is None else f"{part.rows:,}",
+                f"{weights[name]:.1f} %" if name in weights else NOTHING,
+                str(part.rounds),
                 fixed(change.before if change else None),
                 fixed(change.after if change else None),
                 signed(change.difference if change else None),
-                human_bytes(sum(c.uplink_bytes for _, c in own)),
-                human_bytes(sum(c.downlink_bytes for _, c in own)),
-                human_bytes(sum(c.codec_bytes for _, c in own)),
-                human_seconds(sum(c.train_seconds for _, c in own)),
-                str(failed),
+                human_bytes(part.uplink),
+                human_bytes(part.downlink),
+                human_bytes(part.codec),
+                human_seconds(part.seconds),
+                str(part.failures),
             ]
         )
     columns = [
@@ -124,7 +134,7 @@ def client_table(run: RunFacts) -> Table:
     keep = [
         index
         for index in range(len(columns))
-        if index < 1 or any(row[index] not in (NOTHING, "0 B", "0.00 s") for row in rows)
+        if index == 0 or any(row[index] not in (NOTHING, "0 B", "0.00 s") for row in rows)
     ]
     return Table(
         "Clients over the whole run",
@@ -243,13 +253,29 @@ def train_loss(record: RoundRecord) -> float | None:
     return mean_train_loss(record) or None
 
 
-def _weights(run: RunFacts) -> dict[str, float]:
+def _parts(run: RunFacts) -> dict[str, _Part]:
+    parts = {name: _Part() for name in run.clients}
+    for record in run.records:
+        for failure in record.failures:
+            parts[failure.client].failures += 1
+        for client in record.clients:
+            part = parts[client.client]
+            part.uplink += client.uplink_bytes
+            part.downlink += client.downlink_bytes
+            part.codec += client.codec_bytes
+            part.seconds += client.train_seconds
+            if not record.flush:
+                part.rows = client.examples
+                part.rounds += 1
+    return parts
+
+
+def _weights(run: RunFacts, parts: Mapping[str, _Part]) -> dict[str, float]:
     """Percent of the average if everybody took part; empty where the run does not say."""
     federation = run.config.federation if run.config else None
     if federation is None or federation.aggregation == "sum":
         return {}
-    rows = {c.client: c.examples for r in run.records if not r.flush for c in r.clients}
-    if federation.weighting == "uniform":
-        rows = dict.fromkeys(rows, 1)
+    equal = federation.weighting == "uniform"
+    rows = {name: 1 if equal else p.rows for name, p in parts.items() if p.rows is not None}
     whole = sum(rows.values())
     return {name: 100 * count / whole for name, count in rows.items()} if whole else {}
