@@ -14,7 +14,7 @@ from cgfedllm.metrics import RoundRecord
 from cgfedllm.report.html.page import write_run_report
 from cgfedllm.runs import RunFolder
 
-_VOID = {"meta", "link", "img", "br", "hr", "input"}
+_VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
 
 @dataclass

@@ -31,7 +31,7 @@ ELEMENTS = {
     "html", "head", "meta", "link", "title", "style", "body", "header", "main", "footer", "section",
     "aside", "h1", "h2", "p", "span", "strong", "dl", "dt", "dd", "div", "ul", "li", "table",
     "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "details", "summary",
-    "pre", "svg", "g", "path", "rect", "circle", "text", "desc",
+    "pre", "svg", "g", "path", "rect", "circle", "text", "desc", "wbr",
 }  # fmt: skip
 
 

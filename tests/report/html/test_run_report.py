@@ -33,7 +33,7 @@ def test_the_headline_says_what_came_out(
     assert page.of("h1") == ["trial"]
     assert "finished" in page.of("span")
     assert (
-        "4 clients trained one adapter in 3 rounds. Held-out NLL fell by 0.6000 nats per label "
+        "3 clients trained one adapter in 3 rounds. Held-out NLL fell by 0.6000 nats per label "
         "token. The uplink carried 4.00 times fewer bytes than bare float32." in page.text
     )
     assert page.of("strong") == ["2.4000", "4.00× fewer", "8", "1:11 min"]

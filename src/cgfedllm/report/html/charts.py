@@ -174,7 +174,9 @@ def column_chart(
         [],
         bars=_columns(plain, wide, y),
         flush_bars=_columns(last, wide, y),
-        note="The paler column is the flush: nobody trains in it." if last else "",
+        note="The paler column is the flush: nobody trains in it."
+        if any(height for _, height in last)
+        else "",
     )
 
 

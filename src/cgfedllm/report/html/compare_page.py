@@ -12,7 +12,7 @@ from cgfedllm.report.html.reading import RunFacts, labels_of
 from cgfedllm.report.html.tables import Table
 from cgfedllm.report.rows import flatten
 from cgfedllm.report.summary import PHASES
-from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
+from cgfedllm.report.units import count_of, human_bytes, human_seconds
 
 _SAME_START = 1e-3
 _NAMES = ("name", "output")
@@ -48,7 +48,7 @@ def outcomes(runs: Mapping[str, RunFacts]) -> Table:
                 tables.fixed(heldout.after if heldout else None),
                 tables.signed(heldout.difference if heldout else None),
                 human_bytes(summary.uplink.sent),
-                human_ratio(summary.uplink.times_fewer).replace("-", tables.NOTHING),
+                tables.ratio(summary.uplink),
                 tables.bits(summary.uplink),
                 human_seconds(summary.seconds["total"]),
             ]

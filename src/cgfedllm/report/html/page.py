@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from cgfedllm.report.html import charts
 from cgfedllm.report.html.compare_page import compare_page
@@ -89,10 +91,17 @@ def render(template: str, values: dict[str, Any]) -> bytes:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("cgfedllm.report.html"),
         autoescape=True,  # everywhere, whatever a template is called
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """Let a name that has no spaces be folded after its marks, not within a word."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._/:-])(?=\w)", name))

@@ -46,6 +46,7 @@ def run_page(run: RunFacts) -> dict[str, Any]:
         "traffic_charts": figures.traffic_charts(run),
         "traffic_notes": _traffic_notes(run),
         "clients": tables.client_table(run) if run.clients else None,
+        "client_notes": _client_notes(run),
         "weights": tables.module_table(run.weights) if run.weights else None,
         "heat": heat_map(run.weights),
         "norms": _present(figures.norm_chart(run)),
@@ -73,7 +74,7 @@ def lede(run: RunFacts) -> str:
     elif run.is_reference:
         parts = [f"{count_of(done, 'round')} of training without a federation: nothing travelled."]
     else:
-        who = count_of(len(run.clients), "client")
+        who = count_of(_senders(run), "client")
         parts = [f"{who} trained one adapter in {count_of(done, 'round')}."]
     if summary.heldout and _evaluations(run) > 1:
         change = summary.heldout.difference
@@ -108,7 +109,7 @@ def tiles(run: RunFacts) -> list[Tile]:
             Tile("Bits per parameter", tables.bits(summary.uplink), "uplink, headers included")
         )
     if summary.seconds["total"]:
-        note = f"{_of(run)}, {count_of(len(run.clients), 'client')}"
+        note = f"{_of(run)}, {count_of(_senders(run), 'client')}"
         note = _of(run) if run.is_reference else note
         shown.append(Tile("Time", human_seconds(summary.seconds["total"]), note))
     return shown
@@ -191,7 +192,12 @@ def _machine(machine: Machine) -> list[tuple[str, str]]:
 
 def _trained(run: RunFacts) -> int:
     """Rounds done, the flush left out."""
-    return sum(r.round > 0 and not r.flush for r in run.records)
+    return max((r.round for r in run.records if not r.flush), default=0)
+
+
+def _senders(run: RunFacts) -> int:
+    """Clients that sent anything usable."""
+    return len({client.client for r in run.records for client in r.clients})
 
 
 def _evaluations(run: RunFacts) -> int:
@@ -224,6 +230,15 @@ def _traffic_notes(run: RunFacts) -> list[str]:
             f"Round {flushed[-1].round} is the flush: nobody trained, clients sent what error "
             f"feedback still held ({sent}; it is in the uplink above)."
         )
+    return notes
+
+
+def _client_notes(run: RunFacts) -> list[str]:
+    notes = []
+    if not run.is_reference:
+        notes.append("Weight: share in the average when everybody takes part.")
+    if run.summary.clients:
+        notes.append("NLL: on the client’s own validation rows.")
     return notes
 
 

@@ -13,6 +13,7 @@ from cgfedllm.report.summary import PHASES, Traffic, mean_train_loss
 from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
 
 NOTHING = "–"
+_EMPTY = (NOTHING, "0 B", "0.00 s")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def signed(value: float | None) -> str:
     return fixed(value, "+.4f")
 
 
+def ratio(traffic: Traffic) -> str:
+    """How many times fewer than fp32."""
+    return NOTHING if traffic.times_fewer is None else human_ratio(traffic.times_fewer)
+
+
 def bits(traffic: Traffic) -> str:
     """Bits per parameter, three digits."""
     return fixed(traffic.bits_per_parameter, ".3g")
@@ -70,7 +76,7 @@ def traffic_table(run: RunFacts) -> Table:
     uplink = run.config.uplink.name if run.config else NOTHING
     downlink = run.config.downlink.name if run.config else NOTHING
     rows = [
-        [name, codec, human_bytes(t.sent), human_bytes(t.fp32), human_ratio(t.times_fewer), bits(t)]
+        [name, codec, human_bytes(t.sent), human_bytes(t.fp32), ratio(t), bits(t)]
         for name, codec, t in (
             ("Uplink", uplink, summary.uplink),
             ("Downlink", downlink, summary.downlink),
@@ -131,16 +137,7 @@ def client_table(run: RunFacts) -> Table:
         "client", "rows", "weight", "rounds", "NLL before", "NLL after", "change", "uplink",
         "downlink", "codec state", "training", "failures",
     ]  # fmt: skip
-    keep = [
-        index
-        for index in range(len(columns))
-        if index == 0 or any(row[index] not in (NOTHING, "0 B", "0.00 s") for row in rows)
-    ]
-    return Table(
-        "Clients over the whole run",
-        [columns[index] for index in keep],
-        [[row[index] for index in keep] for row in rows],
-    )
+    return _without_empty(Table("Clients over the whole run", columns, rows))
 
 
 def rounds_table(run: RunFacts) -> Table:
@@ -167,7 +164,7 @@ def rounds_table(run: RunFacts) -> Table:
         "round", "clients", "failures", "attempts", "held-out NLL", "training loss", "uplink",
         "downlink", "codec state", "change of adapter", "factor averaging gap", "epsilon", "time",
     ]  # fmt: skip
-    return Table("All rounds", columns, rows)
+    return _without_empty(Table("All rounds", columns, rows))
 
 
 def fault_table(records: Sequence[RoundRecord]) -> Table:
@@ -251,6 +248,20 @@ def value_text(value: Any) -> str:
 def train_loss(record: RoundRecord) -> float | None:
     """Clients' mean loss; under local privacy they tell none, and write 0."""
     return mean_train_loss(record) or None
+
+
+def _without_empty(table: Table) -> Table:
+    """Leave out columns in which there is nothing to read; the first stays."""
+    keep = [
+        index
+        for index in range(len(table.columns))
+        if index == 0 or any(row[index] not in _EMPTY for row in table.rows)
+    ]
+    return Table(
+        table.caption,
+        [table.columns[index] for index in keep],
+        [[row[index] for index in keep] for row in table.rows],
+    )
 
 
 def _parts(run: RunFacts) -> dict[str, _Part]:
