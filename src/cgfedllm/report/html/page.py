@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,12 @@ def render(template: str, values: dict[str, Any]) -> bytes:
     bytes
         UTF-8. Half a surrogate pair, which a JSON text may hold, becomes a question mark.
     """
-    environment = _environment()
-    style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
+    style = files(__package__).joinpath("templates/report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = environment.get_template(template).render(
-        **values, style=style, style_hash=digest, canvas=charts, phases=(*PHASES, "other")
+    page = (
+        _environment()
+        .get_template(template)
+        .render(**values, style=style, style_hash=digest, canvas=charts, phases=(*PHASES, "other"))
     )
     return page.encode(errors="replace")
 

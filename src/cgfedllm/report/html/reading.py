@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cgfedllm.analysis.portable import portable
 from cgfedllm.config import Config, parse_config
-from cgfedllm.errors import AdapterError, CgFedLlmError, CheckpointError
+from cgfedllm.errors import CgFedLlmError, CheckpointError
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.report.summary import Summary, summarise
 from cgfedllm.report.weight_change import weight_changes
@@ -214,15 +213,10 @@ def _weights(folder: RunFolder) -> list[WeightChange]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder.adapter_dir / CONFIG} is not a PEFT configuration")
     adapter = load_adapter(folder.adapter_dir)
-    try:
-        return [
-            WeightChange(factor.layer, factor.module, norm)
-            for factor, norm in weight_changes(adapter.spec, adapter.views(), config)
-        ]
-    except (AttributeError, re.error, ValueError) as error:
-        raise AdapterError(
-            f"{folder.adapter_dir} holds factors or patterns that do not fit: {error}"
-        ) from None
+    return [
+        WeightChange(factor.layer, factor.module, norm)
+        for factor, norm in weight_changes(adapter.spec, adapter.views(), config)
+    ]
 
 
 def _card(folder: RunFolder) -> dict[str, CardFidelity]:
