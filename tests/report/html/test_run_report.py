@@ -242,6 +242,7 @@ def test_numbers_that_are_none_break_nothing(
     records[3].heldout_nll = math.inf
     records[2].update_norm = 1e300
     page = report_of(make_run(records))
+    assert "Held-out NLL is no finite number any more." in page.text
     table = page.table(ROUNDS)
     assert (table["2"]["held-out NLL"], table["3"]["held-out NLL"]) == ("nan", "inf")
     drawn = [a["d"] for tag, a in page.tags if tag == "path"]
@@ -334,6 +335,24 @@ def test_a_damaged_file_costs_only_what_was_in_it(
     assert [text for text in problems if problem in text]
     assert not [text for text in problems if str(folder.path) in text]
     assert page.table(ROUNDS)["3"]["held-out NLL"] == "2.4000"
+
+
+def test_without_a_configuration_nobody_knows_whether_it_is_finished(
+    make_run: MakeRun, report_of: ReportOf, records: list[RoundRecord]
+) -> None:
+    folder = make_run(records)
+    folder.config_path.write_text("novelty = 1\n")
+    page = report_of(folder)
+    assert "unclear" in page.of("span")
+    assert "3 rounds done; how many there were to be, only its configuration tells." in page.text
+
+
+def test_a_loss_that_stays_is_said_to_stay(
+    make_run: MakeRun, report_of: ReportOf, records: list[RoundRecord]
+) -> None:
+    for record in records:
+        record.heldout_nll = 3.0
+    assert "Held-out NLL did not change." in report_of(make_run(records)).text
 
 
 def test_missing_files_are_told_of(

@@ -21,7 +21,7 @@ from cgfedllm.report.weight_change import weight_changes
 from cgfedllm.runs import RunFolder
 from cgfedllm.storage import read_json
 
-State = Literal["finished", "running", "unfinished"]
+State = Literal["finished", "running", "unfinished", "unclear"]
 T = TypeVar("T")
 
 _RECORD = TypeAdapter(RoundRecord)
@@ -83,8 +83,9 @@ class RunFacts:
         The folder.
     name : str
         Of the run; of the folder, where the configuration cannot be read.
-    state : str
-        "finished"; "running" (another process works on it); "unfinished".
+    state : State
+        "finished"; "running" (another process works on it); "unfinished"; "unclear", where there is
+        no configuration to tell.
     config : Config or None
         None where this release does not accept it.
     tree : dict
@@ -158,11 +159,10 @@ def read_run(folder: RunFolder) -> RunFacts:
     tree: dict[str, Any] = attempt(_tree, {})
     config = attempt(lambda _: parse_config(tree), None) if tree else None
     records = _records(folder, problems)
-    done = bool(records) and config is not None and records[-1].round >= config.last_round
     return RunFacts(
         path=folder.path,
         name=config.name if config is not None else folder.path.resolve().name,
-        state="finished" if done else "running" if folder.is_busy() else "unfinished",
+        state=_state(folder, config, records),
         config=config,
         tree=portable(tree),
         records=records,
@@ -171,6 +171,14 @@ def read_run(folder: RunFolder) -> RunFacts:
         card=attempt(_card, {}),
         problems=problems,
     )
+
+
+def _state(folder: RunFolder, config: Config | None, records: list[RoundRecord]) -> State:
+    if config is not None and records and records[-1].round >= config.last_round:
+        return "finished"
+    if folder.is_busy():
+        return "running"
+    return "unfinished" if config is not None else "unclear"
 
 
 def _tree(folder: RunFolder) -> dict[str, Any]:

@@ -67,15 +67,15 @@ def lede(run: RunFacts) -> str:
         parts = [f"Still running: {_of(run)} done."]
     elif run.state == "unfinished":
         parts = [f"Stopped before its end: {_of(run)} done."]
+    elif run.state == "unclear":
+        parts = [f"{_of(run)} done; how many there were to be, only its configuration tells."]
     elif run.is_reference:
         parts = [f"{count_of(done, 'round')} of training without a federation: nothing travelled."]
     else:
         who = count_of(_senders(run), "client")
         parts = [f"{who} trained one adapter in {count_of(done, 'round')}."]
     if summary.heldout and _evaluations(run) > 1:
-        change = summary.heldout.difference
-        way = "fell" if change < 0 else "rose" if change > 0 else "changed"
-        parts.append(f"Held-out NLL {way} by {abs(change):.4f} nats per label token.")
+        parts.append(f"Held-out NLL {_moved(summary.heldout.difference)}.")
     if _saves(summary.uplink):
         ratio = human_ratio(summary.uplink.times_fewer).removesuffix("x")
         parts.append(f"The uplink carried {ratio} times fewer bytes than bare float32.")
@@ -109,6 +109,14 @@ def tiles(run: RunFacts) -> list[Tile]:
         note = _of(run) if run.is_reference else note
         shown.append(Tile("Time", human_seconds(summary.seconds["total"]), note))
     return shown
+
+
+def _moved(change: float) -> str:
+    if not math.isfinite(change):
+        return "is no finite number any more"
+    if not change:
+        return "did not change"
+    return f"{'fell' if change < 0 else 'rose'} by {abs(change):.4f} {figures.NLL}"
 
 
 def _trained(run: RunFacts) -> int:
