@@ -67,6 +67,10 @@ class Api(SimpleNamespace):
         self.calls.append(("export", run_dir, to, merge))
         return to
 
+    def report(self, runs: list[Path], to: Path | None = None) -> Path:
+        self.calls.append(("report", runs, to))
+        return to or runs[0] / "report.html"
+
     def _result(self, run_dir: Path) -> SimpleNamespace:
         if self.error is not None:
             raise self.error
@@ -83,7 +87,7 @@ class Api(SimpleNamespace):
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     fake = Api()
-    for name in ("run", "resume", "compare", "plot_comparison", "evaluate", "export"):
+    for name in ("run", "resume", "compare", "plot_comparison", "evaluate", "export", "report"):
         monkeypatch.setattr(f"cgfedllm.api.{name}", getattr(fake, name))
     return fake
 
@@ -112,7 +116,10 @@ assert not heavy, heavy
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    for command in ("run", "resume", "compare", "evaluate", "export", "inspect", "doctor", "plan"):
+    commands = (
+        "run", "resume", "compare", "evaluate", "export", "report", "inspect", "doctor", "plan",
+    )  # fmt: skip
+    for command in commands:
         assert f"\n  {command} " in done.stdout
 
 
@@ -308,6 +315,27 @@ def test_evaluate_with_benchmarks_and_samples(cli: Cli, api: Api) -> None:
 def test_export(cli: Cli, api: Api) -> None:
     assert cli("export", "runs/x", "--to", "out", "--merge").stdout == "out\n"
     assert api.calls == [("export", Path("runs/x"), Path("out"), True)]
+
+
+def test_report(cli: Cli, api: Api, tmp_path: Path) -> None:
+    done = cli("report", "runs/a")
+    assert done.stdout == "runs/a/report.html\n"
+    done = cli("report", "runs/a", "runs/b", "--to", tmp_path / "both.html")
+    assert done.stdout == f"{tmp_path / 'both.html'}\n"
+    assert api.calls[0] == ("report", [Path("runs/a")], None)
+    assert api.calls[1] == ("report", [Path("runs/a"), Path("runs/b")], tmp_path / "both.html")
+    assert cli("report").exit_code == 2
+
+
+def test_a_run_ends_with_the_path_of_its_report(cli: Cli, api: Api, tmp_path: Path) -> None:
+    args = ("run", "--name", "trial", "--output", tmp_path)
+    assert "Report" not in cli(*args).stdout
+    assert json.loads(cli(*args, "--json").stdout.splitlines()[-1])["report"] is None
+    path = tmp_path / "trial" / "report.html"
+    path.parent.mkdir()
+    path.touch()
+    assert f"Report   {path}" in cli(*args).stdout.splitlines()
+    assert json.loads(cli(*args, "--json").stdout.splitlines()[-1])["report"] == str(path)
 
 
 def test_inspect(cli: Cli, tmp_path: Path) -> None:

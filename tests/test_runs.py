@@ -145,6 +145,18 @@ def test_one_process_at_a_time(config: Config) -> None:
         pass
 
 
+def test_who_is_busy(config: Config) -> None:
+    folder = RunFolder(config.run_dir)
+    assert not folder.is_busy()
+    with RunFolder.create(config) as run:
+        assert folder.is_busy()
+        # by another process, that is
+        assert not run.is_busy()
+    assert not folder.is_busy()
+    with folder:  # asking has left no lock behind
+        pass
+
+
 def test_a_refused_create_frees_the_lock(config: Config) -> None:
     with RunFolder.create(config) as run:
         run.append(_record(0))

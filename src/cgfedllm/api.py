@@ -692,6 +692,42 @@ def evaluate(
     )
 
 
+def report(runs: Sequence[Path | str], to: Path | str | None = None) -> Path:
+    """Write the HTML report of a run, or one that compares several; nothing is trained.
+
+    Parameters
+    ----------
+    runs : sequence of path-like
+        Run folders, finished or not.
+    to : path-like, optional
+        The file. By default ``report.html`` in the run folder of a single run, and
+        ``comparison.html`` in the working folder for several.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    CheckpointError
+        If one of them is not a run folder.
+    ConfigError
+        If there is none.
+    StorageError
+        If the file cannot be written.
+    """
+    from cgfedllm.report.html.page import write_comparison, write_run_report
+
+    if not runs:
+        raise ConfigError("report needs a run folder")
+    folders = [RunFolder(path) for path in runs]
+    target = None if to is None else Path(to)
+    if len(folders) == 1:
+        return write_run_report(folders[0], target)
+    return write_comparison(folders, target or Path("comparison.html"))
+
+
 def export(run_dir: Path | str, to: Path | str, *, merge: bool = False) -> Path:
     """Write a run's adapter in PEFT format, or the whole model with the adapter merged in.
 
@@ -726,9 +762,11 @@ def _federate(config: Config, folder: RunFolder, listeners: Sequence[Listener]) 
     with _watched(config, folder, listeners):
         try:
             run_in_process(config, folder.path)
+            interrupted = False
         except RunInterrupted:
-            return RunResult(folder.path, folder.adapter_dir, folder.records(), interrupted=True)
-    return RunResult(folder.path, folder.adapter_dir, folder.records(), interrupted=False)
+            interrupted = True
+        _write_report(folder)
+    return RunResult(folder.path, folder.adapter_dir, folder.records(), interrupted)
 
 
 def _train_reference(
@@ -741,6 +779,7 @@ def _train_reference(
         workspace = _workspace(config, folder)
         with _watched(config, folder, listeners):
             _announce(workspace, kind)
+            interrupted = False
             try:
                 if kind == "centralised":
                     adapter = train_centralised(workspace, folder.append)
@@ -749,8 +788,25 @@ def _train_reference(
                     for name, own in train_local_only(workspace, folder.append).items():
                         _save(folder.adapter_dir / name, workspace, own)
             except RunInterrupted:
-                return RunResult(folder.path, folder.adapter_dir, folder.records(), True)
-        return RunResult(folder.path, folder.adapter_dir, folder.records(), False)
+                interrupted = True
+            _write_report(folder)
+        return RunResult(folder.path, folder.adapter_dir, folder.records(), interrupted)
+
+
+def _write_report(folder: RunFolder) -> None:
+    """Write the report; a run is worth more than its face, so nothing that goes wrong stops it."""
+    from cgfedllm.report.html.page import write_run_report
+
+    try:
+        write_run_report(folder)
+    except Exception as error:
+        events.publish(
+            events.Notice(
+                f"the report could not be written ({error}); nothing else is missing, and "
+                f"`cgfedllm report {folder.path}` tries again",
+                level="warning",
+            )
+        )
 
 
 def _collected(

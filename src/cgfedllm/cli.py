@@ -619,6 +619,26 @@ def _export(
     typer.echo(api.export(run_dir, to, merge=merge))
 
 
+@app.command("report")
+def _report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="HTML file; by default RUN/report.html, for several comparison.html."
+        ),
+    ] = None,
+) -> None:
+    """Write the HTML report of a run, or one that compares several.
+
+    RUN is the folder of a run, finished or not. Every run writes its own report at its end;
+    this writes it anew. The file needs nothing else and no network.
+    """
+    from cgfedllm import api
+
+    typer.echo(api.report(runs, to))
+
+
 @app.command("inspect")
 def _inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH")],
@@ -914,9 +934,11 @@ def _mode(quiet: bool, as_json: bool) -> Mode:
 def _watch(call: Callable[[], RunResult], config: Config, mode: Mode) -> None:
     from cgfedllm import events
     from cgfedllm.report.console import Outcome, watcher
+    from cgfedllm.runs import RunFolder
 
     with watcher(mode) as watch, events.listening(watch):
         result = call()
+    report = RunFolder(result.run_dir).report_path
     watch.finish(
         Outcome(
             records=result.records,
@@ -925,6 +947,7 @@ def _watch(call: Callable[[], RunResult], config: Config, mode: Mode) -> None:
             interrupted=result.interrupted,
             uplink_codec=config.uplink.name,
             downlink_codec=config.downlink.name,
+            report=report if report.is_file() else None,
         )
     )
     if result.interrupted:

@@ -312,6 +312,22 @@ class RunFolder:
             os.write(descriptor, f"{os.getpid()}\n".encode())
         self._lock = descriptor
 
+    def is_busy(self) -> bool:
+        """Whether another process works here."""
+        if self._lock is not None:
+            return False
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (EAGAIN, EACCES)
+        finally:
+            os.close(descriptor)
+        return False
+
     def release(self) -> None:
         """Give the lock back."""
         if self._lock is not None:

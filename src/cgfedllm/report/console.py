@@ -55,6 +55,7 @@ class Outcome:
     interrupted: bool = False
     uplink_codec: str = ""
     downlink_codec: str = ""
+    report: Path | None = None
 
 
 class Watcher(ABC):
@@ -138,6 +139,7 @@ class JsonWatcher(Watcher):
                 "summary": summarise(outcome.records).to_dict(),
                 "run_dir": str(outcome.run_dir),
                 "adapter_dir": str(outcome.adapter_dir),
+                "report": None if outcome.report is None else str(outcome.report),
                 "interrupted": outcome.interrupted,
             }
         )
@@ -373,4 +375,5 @@ def _print_outcome(console: Console, outcome: Outcome) -> None:
         adapter_dir=None if outcome.interrupted else outcome.adapter_dir,
         uplink_codec=outcome.uplink_codec,
         downlink_codec=outcome.downlink_codec,
+        report=outcome.report,
     )

@@ -25,6 +25,7 @@ from cgfedllm.metrics import RoundRecord
 from cgfedllm.report.model_card import POOLS, cost_text, fidelity_text, options_text
 from cgfedllm.report.summary import Summary, Traffic, summarise
 from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
+from cgfedllm.report.weight_change import weight_changes
 from cgfedllm.runs import RunFolder
 from cgfedllm.storage import load_tensors, read_json
 from cgfedllm.tgap.codec_file import is_codec_file, load_codec_file
@@ -185,28 +186,16 @@ def _norms(
     for factor in spec:
         array = tensors[factor.name].astype(np.float64)
         add(factor, factor.kind or "value", float(np.square(array).sum()))
-    for a, b in spec.pairs():
-        left, right = tensors[b.name].astype(np.float64), tensors[a.name].astype(np.float64)
-        # ||B A||^2 = tr((B'B)(A A')): r x r instead of out x in
-        change = float(((left.T @ left) * (right @ right.T)).sum())
-        add(a, "BA", change * _scale(config, a) ** 2)
+    for factor, change in weight_changes(spec, tensors, config):
+        add(factor, "BA", change**2)
     texts = {}
     for module, parts in squares.items():
         change_text = ""
         if "BA" in parts:
-            change_text = f", weight change {math.sqrt(max(0.0, parts['BA'])):.4g}"
+            change_text = f", weight change {math.sqrt(parts['BA']):.4g}"
         own = ", ".join(f"{k} {math.sqrt(v):.4g}" for k, v in parts.items() if k != "BA")
         texts[module] = own + change_text
     return texts
-
-
-def _scale(config: Mapping[str, Any], factor: Factor) -> float:
-    """``alpha / r``; the rank is read off the factor, which is right with rank patterns too."""
-    alpha = config.get("lora_alpha")
-    rank = factor.shape[0]
-    if not isinstance(alpha, int | float) or not rank:
-        return 1.0
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _run(run: RunFolder) -> Inspection:

@@ -1,10 +1,10 @@
-"""Rows of results (flat dataclasses) as CSV and back, and plain values for JSON."""
+"""Rows of results (flat dataclasses) as CSV and back, plain values for JSON, trees laid flat."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
@@ -57,6 +57,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested tables under dotted keys; an empty table is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _cell(value: object) -> object:

@@ -53,14 +53,17 @@ def print_final(
     adapter_dir: str | Path | None = None,
     uplink_codec: str = "",
     downlink_codec: str = "",
+    report: Path | None = None,
 ) -> None:
-    """Print `final_table` and, below it, where the adapter and the run are."""
+    """Print `final_table` and, below it, where the adapter, the run and its report are."""
     console.print(final_table(records, uplink_codec=uplink_codec, downlink_codec=downlink_codec))
     console.print()
     # soft_wrap: paths are there to be copied, so they are neither cut nor folded
     if adapter_dir is not None:
         console.print(Text(f"Adapter  {adapter_dir}", style="bold green"), soft_wrap=True)
     console.print(Text(f"Run      {run_dir}"), soft_wrap=True)
+    if report is not None:
+        console.print(Text(f"Report   {report}"), soft_wrap=True)
 
 
 def plain_table() -> Table:

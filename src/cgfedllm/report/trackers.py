@@ -20,6 +20,7 @@ from cgfedllm.config import Config
 from cgfedllm.errors import MissingExtraError
 from cgfedllm.events import Event, Notice, RoundFinished, RunStarted, publish
 from cgfedllm.metrics import RoundRecord
+from cgfedllm.report.rows import flatten
 from cgfedllm.report.summary import mean_train_loss
 from cgfedllm.runs import RunFolder
 
@@ -242,7 +243,7 @@ class MlflowTracker(Tracker):
         self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "cgfedllm"))
         self._mlflow.start_run(run_name=self.config.name)
         # MLflow refuses values longer than this
-        parameters = {k: str(v)[:500] for k, v in _flatten(self.config.model_dump()).items()}
+        parameters = {k: str(v)[:500] for k, v in flatten(self.config.model_dump()).items()}
         self._mlflow.log_params(parameters)
 
     def _log(self, round: int, values: Mapping[str, float]) -> None:
@@ -262,13 +263,3 @@ def _need(module: str, package: str, key: str) -> Any:
             f"{key} = true needs {package}, which cannot be imported ({error}): "
             f"`pip install {package}`, or set {key} = false"
         ) from None
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

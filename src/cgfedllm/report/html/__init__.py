@@ -1,0 +1,1 @@
+"""The single-file HTML report: one of a run, one that compares several."""
