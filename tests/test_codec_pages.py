@@ -1,4 +1,4 @@
-"""The numbers in docs/codecs.md and docs/paper.md are those of the result files."""
+"""Numbers in docs/codecs.md, docs/paper.md and docs/drop-in.md are those of the result files."""
 
 import sys
 from pathlib import Path
@@ -25,6 +25,14 @@ def paper(pages):  # type: ignore[no-untyped-def]
     del sys.modules["paper_page"]
 
 
+@pytest.fixture
+def drop_in(pages):  # type: ignore[no-untyped-def]
+    import drop_in_page
+
+    yield drop_in_page
+    del sys.modules["drop_in_page"]
+
+
 def test_the_page_of_codecs_is_up_to_date(pages) -> None:  # type: ignore[no-untyped-def]
     page = pages.PAGE.read_text(encoding="utf-8")
     assert pages.filled(page) == page, "run `python benchmarks/codec_pages.py`"
@@ -34,6 +42,12 @@ def test_the_page_of_the_paper_is_up_to_date(paper) -> None:  # type: ignore[no-
     page = paper.PAGE.read_text(encoding="utf-8")
     assert paper.filled(page) == page, "run `python benchmarks/paper_page.py`"
     assert page.count("<!-- numbers: ") == 4
+
+
+def test_the_page_of_the_drop_in_is_up_to_date(drop_in) -> None:  # type: ignore[no-untyped-def]
+    page = drop_in.PAGE.read_text(encoding="utf-8")
+    assert drop_in.filled(page) == page, "run `python benchmarks/drop_in_page.py`"
+    assert page.count("<!-- numbers: ") == 2
 
 
 def test_every_block_names_a_codec_or_a_table(pages) -> None:  # type: ignore[no-untyped-def]

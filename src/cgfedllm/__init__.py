@@ -46,4 +46,6 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         module = "cgfedllm.config" if name in ("Config", "load_config") else "cgfedllm.api"
         return getattr(importlib.import_module(module), name)
+    if name == "flower":
+        return importlib.import_module("cgfedllm.flower")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,8 +19,9 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cgfedllm.config import WITHOUT_FLUSH, Config, other_uplink, parse_value
+from cgfedllm.config import WITHOUT_FLUSH, Config, other_uplink
 from cgfedllm.errors import ConfigError
+from cgfedllm.pairs import read_codec, read_pairs
 
 REFERENCES = ("centralised", "local-only")
 VARIABLE_TABLES = ("lora", "training", "federation", "uplink", "downlink", "privacy")
@@ -120,11 +121,10 @@ def parse_codec(text: str, base: Config) -> Candidate:
     ConfigError
         If it has another form, or the codec does not exist or refuses an option.
     """
-    name, colon, rest = text.partition(":")
-    name = name.strip()
-    options = _pairs(rest, text, "--codec NAME:key=value,key=value") if colon else {}
-    label = name + (":" + ",".join(f"{k}={_shown(v)}" for k, v in options.items()) if colon else "")
-    if not colon and name == base.uplink.name:
+    name, options = read_codec(text, "--codec NAME:key=value,key=value")
+    shown = ",".join(f"{k}={_shown(v)}" for k, v in options.items())
+    label = f"{name}:{shown}" if options else name
+    if not options and name == base.uplink.name:
         return Candidate(label, "codec")
     changes = other_uplink(name) | {"uplink.options": options}
     candidate = Candidate(label, "codec", changes)
@@ -149,7 +149,7 @@ def parse_variant(text: str, base: Config) -> Candidate:
     if not colon or not label:
         raise ConfigError(f"a variant is given as {shape}; got {text!r}")
     changes: dict[str, Any] = {}
-    pairs = _pairs(rest, text, shape)
+    pairs = read_pairs(rest, text, shape)
     if pairs.get("uplink.name", base.uplink.name) != base.uplink.name:
         changes |= other_uplink(str(pairs["uplink.name"]))
     if pairs.get("downlink.name", base.downlink.name) != base.downlink.name:
@@ -191,42 +191,10 @@ def slug_of(label: str) -> str:
     return slug
 
 
-def split_outside(text: str) -> list[str]:
-    """Split at commas that are not within quotes, brackets or braces."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        elif character in "[{(":
-            depth += 1
-        elif character in ")}]":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append("")
-            continue
-        parts[-1] += character
-    return [part.strip() for part in parts]
-
-
 def _reference(kind: str) -> Candidate:
     if kind not in REFERENCES:
         raise ConfigError(f"reference is one of {', '.join(REFERENCES)}; got {kind!r}")
     return Candidate(kind, "reference", WITHOUT_FLUSH)
-
-
-def _pairs(text: str, whole: str, shape: str) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
-    for part in split_outside(text):
-        key, equals, value = part.partition("=")
-        key = key.strip()
-        if not equals or not key or not value.strip():
-            raise ConfigError(f"{whole!r}: expected {shape}, and {part!r} is no key=value")
-        if key in pairs:
-            raise ConfigError(f"{whole!r} gives {key!r} twice")
-        pairs[key] = parse_value(value.strip())
-    return pairs
 
 
 def _shown(value: Any) -> str:

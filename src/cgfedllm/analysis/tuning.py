@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cgfedllm.analysis.candidates import Candidate, check_variable, slug_of, split_outside
+from cgfedllm.analysis.candidates import Candidate, check_variable, slug_of
 from cgfedllm.codecs import codec_class, make_codec
 from cgfedllm.config import Config, parse_value
 from cgfedllm.errors import ConfigError
 from cgfedllm.metrics import RoundRecord
+from cgfedllm.pairs import split_outside
 from cgfedllm.seeding import derive_seed
 
 SHORT_NAMES = {

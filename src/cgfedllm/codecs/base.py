@@ -134,8 +134,10 @@ class Codec(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    # not a ClassVar: some codecs' options decide
+    # not ClassVars: some codecs' options decide
     lossless: bool = False
+    unbiased: bool = False
+    """The mean over many packets is the update: error feedback would pile their errors up."""
     uses_previous: ClassVar[bool] = False
     uses_start: ClassVar[bool] = False
     kind: ClassVar[str]

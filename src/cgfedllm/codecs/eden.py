@@ -78,6 +78,10 @@ class Eden(Codec):
 
     options: EdenOptions
 
+    def __init__(self, options: EdenOptions) -> None:
+        super().__init__(options)
+        self.unbiased = options.scaling == "unbiased"
+
     def payload_size(self, spec: AdapterSpec) -> int:
         """Seed, scale and the bit planes; nothing at all if the budget has no room for a bit."""
         planes = self._planes(spec)
@@ -157,7 +161,7 @@ class Eden(Codec):
             points = np.take(_POINTS[bits], levels[part])
             aligned += _inner(rotated[part], points)
             square += _inner(points, points)
-        return energy / aligned if self.options.scaling == "unbiased" else aligned / square
+        return energy / aligned if self.unbiased else aligned / square
 
 
 def _levels(rotated: Float32Array, sigma: float, planes: list[int]) -> NDArray[np.uint8]:

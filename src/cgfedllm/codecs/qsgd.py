@@ -93,6 +93,10 @@ class Qsgd(Codec):
 
     options: QsgdOptions
 
+    def __init__(self, options: QsgdOptions) -> None:
+        super().__init__(options)
+        self.unbiased = options.unbiased
+
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
         values = update.vector
         budget = payload_bits(context.spec, self.options.bpp) - _STEP_BITS
@@ -108,7 +112,7 @@ class Qsgd(Codec):
         if found is None:
             return b""
         step, levels = found
-        if not self.options.unbiased:
+        if not self.unbiased:
             step = _best_step(values, levels)
         writer = SymbolWriter()
         writer.float32(float(step))

@@ -136,7 +136,7 @@ class ClientState:
         round: int,
         *,
         residual: AdapterUpdate | None,
-        optimizer: dict[str, Float32Array] | None,
+        optimizer: dict[str, Float32Array] | None = None,
     ) -> None:
         """Keep what this round left behind; nothing to keep writes nothing.
 

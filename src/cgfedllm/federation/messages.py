@@ -36,7 +36,7 @@ NO_RESIDUAL = "no-residual"
 
 def packet_record(blob: bytes) -> ArrayRecord:
     """An ArrayRecord that carries one packet and nothing else."""
-    return _record(PACKET, PACKET_STYPE, blob)
+    return blob_record(PACKET, PACKET_STYPE, blob)
 
 
 def packet_of(content: RecordDict, *, limit: int) -> bytes:
@@ -52,7 +52,7 @@ def packet_of(content: RecordDict, *, limit: int) -> bytes:
     PacketError
         If there is no packet, it is more than one array, or it is longer than `limit`.
     """
-    blob = _blob(content.array_records.get(ARRAYS), PACKET, PACKET_STYPE)
+    blob = blob_of(content.array_records.get(ARRAYS), PACKET, PACKET_STYPE)
     if blob is None:
         raise PacketError("the message does not carry one packet; is it from another app?")
     if len(blob) > limit:
@@ -62,7 +62,7 @@ def packet_of(content: RecordDict, *, limit: int) -> bytes:
 
 def codec_state_record(blob: bytes) -> ArrayRecord:
     """An ArrayRecord that carries one packed codec state and nothing else."""
-    return _record(CODEC_STATE, CODEC_STATE_STYPE, blob)
+    return blob_record(CODEC_STATE, CODEC_STATE_STYPE, blob)
 
 
 def codec_state_of(content: RecordDict) -> bytes:
@@ -73,7 +73,7 @@ def codec_state_of(content: RecordDict) -> bytes:
     CodecStateError
         If there is none, or it is more than one array.
     """
-    blob = _blob(content.array_records.get(CODEC), CODEC_STATE, CODEC_STATE_STYPE)
+    blob = blob_of(content.array_records.get(CODEC), CODEC_STATE, CODEC_STATE_STYPE)
     if blob is None:
         raise CodecStateError("the message does not carry the codec state that it announces")
     return blob
@@ -85,11 +85,13 @@ def status_of(content: RecordDict) -> set[str]:
     return {str(word) for word in said} if isinstance(said, list) else set()
 
 
-def _record(name: str, stype: str, blob: bytes) -> ArrayRecord:
+def blob_record(name: str, stype: str, blob: bytes) -> ArrayRecord:
+    """An ArrayRecord that carries bytes of ours under one name, and nothing else."""
     return ArrayRecord({name: Array(dtype="uint8", shape=(len(blob),), stype=stype, data=blob)})
 
 
-def _blob(record: ArrayRecord | None, name: str, stype: str) -> bytes | None:
+def blob_of(record: ArrayRecord | None, name: str, stype: str) -> bytes | None:
+    """The bytes in a record that `blob_record` made; None if it is another record, or none."""
     if record is None or set(record) != {name} or record[name].stype != stype:
         return None
     return record[name].data
