@@ -11,7 +11,7 @@ from cgfedllm.codecs.parts.bitpack import packed_size, unpack
 from cgfedllm.errors import SecureAggregationError
 from cgfedllm.privacy.secagg.member import SEALED_BYTES
 from cgfedllm.privacy.secagg.primitives import KEY_BYTES, agree, combine, mask, public_key
-from cgfedllm.privacy.secagg.rules import PUBLIC_BYTES, Roster, from_ring, width_of
+from cgfedllm.privacy.secagg.rules import PUBLIC_BYTES, SESSION_BYTES, Roster, from_ring, width_of
 
 
 class Collector:
@@ -191,6 +191,23 @@ class Collector:
             raise SecureAggregationError(
                 f"{len(places)} of {len(self.roster)} clients {what}; {self.threshold} are needed"
             )
+
+
+def traffic(members: int, names: int) -> tuple[int, int]:
+    """Bytes up and down of a round in which nobody falls out, masked packets apart.
+
+    Parameters
+    ----------
+    members : int
+        Clients of the round.
+    names : int
+        Bytes of all their names, with a byte between two.
+    """
+    peers = members - 1
+    up = PUBLIC_BYTES + SEALED_BYTES * peers + KEY_BYTES * members
+    # to each: a session's name four times, all keys, what was sealed for it, who is there and was
+    down = 4 * SESSION_BYTES + names + PUBLIC_BYTES * members + SEALED_BYTES * peers + 4 * members
+    return members * up, members * down
 
 
 def check_public(keys: bytes) -> bytes:

@@ -104,7 +104,10 @@ def split(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """Shares of 32 bytes; `threshold` of them give the secret back, fewer tell nothing of it."""
     from Crypto.Protocol.SecretSharing import Shamir
 
-    halves = (Shamir.split(threshold, count, half, ssss=False) for half in (secret[:_HALF], secret[_HALF:]))
+    halves = (
+        Shamir.split(threshold, count, half, ssss=False)
+        for half in (secret[:_HALF], secret[_HALF:])
+    )
     return [first[1] + second[1] for first, second in zip(*halves, strict=True)]
 
 
