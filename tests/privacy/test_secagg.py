@@ -467,6 +467,29 @@ def test_both_ends_agree_on_a_key_and_nobody_else() -> None:
         unseal(key, seal(key, b"text", b"about"), b"other")
 
 
+def test_masks_are_as_the_wire_format_says() -> None:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    session, count, width = bytes(range(16)), 50, 11
+    a, b = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+
+    def derive(secret: bytes, info: bytes) -> bytes:
+        return HKDF(SHA256(), 32, salt=session, info=b"cgfedllm secagg mask" + info).derive(secret)
+
+    publics = sorted(key.public_key().public_bytes_raw() for key in (a, b))
+    secret = derive(a.exchange(b.public_key()), publics[0] + publics[1])
+    cipher = Cipher(algorithms.AES256(derive(secret, b"")), modes.CTR(bytes(16)))
+    stream = cipher.encryptor().update(bytes(4 * count))
+    wanted = [
+        int.from_bytes(stream[at : at + 4], "little") % 2**width for at in range(0, 4 * count, 4)
+    ]
+    key = agree(b.private_bytes_raw(), a.public_key().public_bytes_raw(), session, "mask")
+    assert mask(key, session, count, width).tolist() == wanted
+
+
 @given(st.integers(2, 6), st.data())
 @settings(max_examples=20)
 def test_any_threshold_of_shares_gives_the_secret_and_fewer_do_not(

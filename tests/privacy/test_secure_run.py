@@ -339,6 +339,54 @@ def test_error_feedback_and_server_optimisers_go_with_it(
     assert list((result.run_dir / "clients" / "north").glob("memory-*"))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("federation.fraction_train=0.7",),  # two of three
+        ("federation.stateless=true",),
+        ("federation.strategy.name=fedadam", "federation.server_lr=0.5"),
+    ],
+)
+def test_it_goes_with_sampling_stateless_clients_and_any_mean(
+    tiny_config: MakeConfig, in_the_clear: Callable[..., np.ndarray], settings: tuple[str, ...]
+) -> None:
+    result = cgfedllm.run(tiny_config(*SECURE, *settings))
+    # fedadam divides by the size of a change, rounding included
+    far = 1e-5 if "adam" in settings[0] else 1e-6
+    np.testing.assert_allclose(adapter(result), in_the_clear(*settings), rtol=0, atol=far)
+
+
+def test_a_client_that_lost_its_copy_of_the_adapter_is_sent_it_within_the_session(
+    tiny_config: MakeConfig, in_the_clear: Callable[..., np.ndarray]
+) -> None:
+    config = tiny_config(*SECURE, "downlink.name=int8")
+
+    def lose(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished) and event.record.round == 1:
+            for path in (config.run_dir / "clients" / "south").glob("reference-*"):
+                path.unlink()
+
+    result = cgfedllm.run(config, listeners=[lose])
+    record = result.records[2]
+    assert (record.attempts, record.failures, len(record.clients)) == (1, [], 3)
+    np.testing.assert_allclose(
+        adapter(result), in_the_clear("downlink.name=int8"), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("exponent", "said"), [(4, "all numbers of an update round to zero"), (-30, "are cut off")]
+)
+def test_a_step_that_does_not_suit_is_told(
+    tiny_config: MakeConfig, exponent: int, said: str
+) -> None:
+    told: list[events.Event] = []
+    options = f"uplink.options={{bpp=8.5, bits=8, scale_exponent={exponent}}}"
+    cgfedllm.run(tiny_config(*SECURE, options, "federation.rounds=1"), listeners=[told.append])
+    warnings = [e.text for e in told if isinstance(e, events.Notice) and e.level == "warning"]
+    assert any(said in text for text in warnings)
+
+
 def test_sums_as_printed(tiny_config: MakeConfig, in_the_clear: Callable[..., np.ndarray]) -> None:
     settings = ("federation.aggregation=sum", "federation.rounds=1")
     result = cgfedllm.run(tiny_config(*SECURE, *settings))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
+from cgfedllm import events
 from cgfedllm.adapter import AdapterUpdate
 from cgfedllm.codecs import CodecContext
 from cgfedllm.codecs.feedback import Encoded
+from cgfedllm.codecs.linear import Int32Array
 from cgfedllm.config import Config, linear_codec
 from cgfedllm.errors import SecureAggregationError
 from cgfedllm.federation.messages import (
@@ -35,6 +38,7 @@ WITHHELD = ("train-loss", "tokens", "update-norm")
 """What a client reports of its own update or rows, and does not where only sums may be seen."""
 
 _STEP_BACK = 0.99
+_MANY = 0.05
 
 
 def answer(action: str, content: RecordDict, member: Member, config: Config) -> RecordDict:
@@ -85,14 +89,24 @@ def masked(
         If there is no such session here, or too few peers share it.
     """
     codec, session = linear_codec(config.uplink), blob_in(request, SESSION)
-    numbers = member.mask(
-        session,
-        places_in(request),
-        blob_in(request, SEALED),
-        codec.levels(packet, context),
-        codec.reach,
-    )
+    levels = codec.levels(packet, context)
+    _tell_step(levels, codec.reach)
+    sealed = blob_in(request, SEALED)
+    numbers = member.mask(session, places_in(request), sealed, levels, codec.reach)
     return masked_packet(numbers, session, context)
+
+
+def _tell_step(levels: Int32Array, reach: int) -> None:
+    """Warn where the step that all clients were configured with does not suit this update."""
+    cut = float(np.mean(np.abs(levels) == reach)) if levels.size else 0.0
+    text = ""
+    if not levels.any():
+        text = "all numbers of an update round to zero: nothing is sent; lower"
+    elif reach > 1 and cut > _MANY:
+        text = f"{100 * cut:.0f} % of an update's numbers are cut off; raise"
+    if text:
+        text += " the codec's scale_exponent (uplink.options)"
+        events.publish(events.Notice(f"secure aggregation: {text}", "warning"))
 
 
 def encode_within(
