@@ -291,6 +291,55 @@ def curve_total(record: RoundRecord) -> int:
     return point.total
 
 
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda packet: packet[:-1], "truncated"),
+        (lambda packet: packet[:80] + b"?" + packet[81:], "checksum"),
+        (lambda packet: b"", "too short"),
+    ],
+)
+def test_a_packet_that_is_damaged_costs_its_own_share(
+    tiny_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[bytes], bytes],
+    reason: str,
+) -> None:
+    whole = client_app.masked
+
+    def damaged(packet: bytes, request: Any, member: Member, *rest: Any) -> bytes:
+        blob = whole(packet, request, member, *rest)
+        return spoil(blob) if member._name == "south" else blob
+
+    monkeypatch.setattr(client_app, "masked", damaged)
+    record = cgfedllm.run(tiny_config(*SECURE, "federation.rounds=1")).records[1]
+    assert [client.client for client in record.clients] == ["north", "west"]
+    (failure,) = record.failures
+    assert failure.client == "south"
+    assert reason in failure.reason
+
+
+def test_a_reply_of_another_session_or_without_its_rows_is_not_added(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = secure.SecureStrategy._take
+
+    def spoil(self: Any, server_round: int, reply: Message) -> bool:
+        client = self._name(reply.metadata.src_node_id)
+        if client == "south":
+            reply.content.metric_records["metrics"]["num-examples"] = 0
+        if client == "west" and self.attempt == 1:
+            monkeypatch.setattr(self._collector, "session", bytes(16))
+        return take(self, server_round, reply)
+
+    monkeypatch.setattr(secure.SecureStrategy, "_take", spoil)
+    record = cgfedllm.run(tiny_config(*SECURE, "federation.rounds=1")).records[1]
+    reasons = [failure.reason for failure in record.failures]
+    assert "num-examples is 0" in reasons[0]
+    assert "another session" in reasons[1]
+    assert record.attempts == 2
+
+
 def test_bytes_are_counted_in_columns_of_their_own(tiny_config: MakeConfig) -> None:
     result = cgfedllm.run(tiny_config(*SECURE))
     first, second = result.records[1:]

@@ -397,6 +397,9 @@ def _send(
     # the server clips what it decodes, unless it decodes sums only
     longest = clip if central and secure else None
     encoded = encode(update) if longest is None else encode_within(encode, update, longest)
+    packet = encoded.packet
+    if secure:
+        packet = masked(packet, config, session.member, coding, workspace.config)
     encode_seconds = time.perf_counter() - began
     # residual and moments go into one file: a round's memory is complete or absent
     session.state.save_memory(round_, residual=encoded.residual, optimizer=optimizer)
@@ -404,9 +407,6 @@ def _send(
     metrics["update-norm"] = update.norm()
     metrics["encode-seconds"] = encode_seconds
     metrics["decode-seconds"] = decode_seconds
-    packet = encoded.packet
-    if secure:
-        packet = masked(packet, config, session.member, coding, workspace.config)
     content[ARRAYS] = packet_record(packet)
     events.publish(
         events.ClientFinished(

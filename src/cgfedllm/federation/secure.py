@@ -43,7 +43,7 @@ from cgfedllm.federation.messages import (
     secagg_bytes,
 )
 from cgfedllm.federation.strategies import averages_first
-from cgfedllm.federation.strategy import CompressedStrategy, Received, plain
+from cgfedllm.federation.strategy import CompressedStrategy, Received, examples_in, plain
 from cgfedllm.privacy.secagg.collector import Collector, check_public
 from cgfedllm.privacy.secagg.opened import OpenedRounds
 from cgfedllm.privacy.secagg.packet import masked_numbers
@@ -189,6 +189,7 @@ class SecureStrategy(CompressedStrategy):
             self.tally.uplink_bytes += len(blob)
             self.tally.uplinks += 1
             metrics = numbers_of(reply.content)
+            examples_in(metrics)
             numbers = masked_numbers(blob, collector.session, self._context(server_round))
             collector.add(client, numbers)
         except CgFedLlmError as error:

@@ -291,7 +291,7 @@ class CompressedStrategy(Strategy):
                 update = self._uplink.decode(blob, context)
                 adapter = self._global + update
                 metrics = numbers_of(reply.content)
-                examples = _examples(metrics)
+                examples = examples_in(metrics)
                 weight = examples if self._weighting == "examples" else 1.0
             except CgFedLlmError as error:
                 self.tally.failures.append((client, str(error)))
@@ -353,7 +353,13 @@ class _Mean:
 
 
 def plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
-    """A reply as a client without compression would have sent it."""
+    """A reply as a client without compression would have sent it.
+
+    Parameters
+    ----------
+    adapter, weight : AdapterUpdate, float
+        What it has come to.
+    """
     metrics = MetricRecord({NUM_EXAMPLES: weight})
     said = reply.content.metric_records[METRICS]
     if WITHIN_CLIP in said:
@@ -362,7 +368,14 @@ def plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
     return reply
 
 
-def _examples(metrics: dict[str, float]) -> float:
+def examples_in(metrics: dict[str, float]) -> float:
+    """How many rows a client says it trained on.
+
+    Raises
+    ------
+    PacketError
+        If it does not say, or it is no count.
+    """
     weight = metrics.get(NUM_EXAMPLES, 0.0)
     if not 0 < weight < 2**53:
         raise PacketError(f"the reply's {NUM_EXAMPLES} is {weight}; it must be a positive count")

@@ -69,12 +69,12 @@ class Collector:
         Raises
         ------
         SecureAggregationError
-            If it is of the wrong length.
+            If it is of the wrong length, or from nobody on the roster.
         """
         expected = SEALED_BYTES * (len(self.roster) - 1)
         if len(sealed) != expected:
             raise SecureAggregationError(f"{len(sealed)} bytes of shares, {expected} were expected")
-        self._sealed[self.roster.names.index(name)] = sealed
+        self._sealed[self.roster.place(name)] = sealed
 
     def close_sharing(self) -> None:
         """From here on those who shared are present, and nobody else.
@@ -89,7 +89,7 @@ class Collector:
 
     def sealed_for(self, name: str) -> bytes:
         """What those present sealed for one of them, in order."""
-        place = self.roster.names.index(name)
+        place = self.roster.place(name)
         parts = []
         for peer in self.present:
             if peer != place:
@@ -105,7 +105,7 @@ class Collector:
         SecureAggregationError
             If they are of the wrong length, or this client is not waited for.
         """
-        place = self.roster.names.index(name)
+        place = self.roster.place(name)
         if place not in self.present or place in self.survivors:
             raise SecureAggregationError("its numbers are not waited for")
         if len(payload) != self.payload_bytes:
@@ -148,7 +148,7 @@ class Collector:
         """
         expected = KEY_BYTES * len(self.present)
         usable = {
-            self.roster.names.index(name): answer
+            self.roster.place(name): answer
             for name, answer in sorted(answers.items())
             if len(answer) == expected
         }

@@ -110,7 +110,7 @@ class Member:
         """
         own = self._read(session, "advertised")
         sealing, masking = bytes.fromhex(own["sealing"]), bytes.fromhex(own["masking"])
-        place = self._place(roster)
+        place = roster.place(self._name)
         if roster.keys[place] != public_key(sealing) + public_key(masking):
             raise SecureAggregationError("the server tells peers other keys than this client's own")
         seed = new_secret()
@@ -251,14 +251,9 @@ class Member:
             for peer in sorted(shares)
         )
 
-    def _place(self, roster: Roster) -> int:
-        if self._name not in roster.names:
-            raise SecureAggregationError(f"the round's clients are told without {self._name!r}")
-        return roster.names.index(self._name)
-
     def _roster(self, own: dict[str, Any]) -> tuple[Roster, int]:
         roster = Roster.of(own["names"], bytes.fromhex(own["keys"]))
-        return roster, self._place(roster)
+        return roster, roster.place(self._name)
 
     def _read(self, session: bytes, phase: str) -> dict[str, Any]:
         """What is kept of a session, if it has just come to this phase."""

@@ -120,6 +120,18 @@ class Roster:
     def __len__(self) -> int:
         return len(self.names)
 
+    def place(self, name: str) -> int:
+        """Place of a member.
+
+        Raises
+        ------
+        SecureAggregationError
+            If it is none.
+        """
+        if name not in self.names:
+            raise SecureAggregationError(f"{name!r} is not one of the round's clients")
+        return self.names.index(name)
+
     def sealing_key(self, place: int) -> bytes:
         """Public key that a member's shares are sealed with."""
         return self.keys[place][:KEY_BYTES]
