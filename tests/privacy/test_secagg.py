@@ -104,7 +104,7 @@ class Round:
 # ---- the sum ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_the_sum_is_exact_whoever_falls_out_where(data: st.DataObject) -> None:
     clients = data.draw(st.integers(2, 7), "clients")

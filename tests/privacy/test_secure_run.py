@@ -174,7 +174,9 @@ def test_a_client_that_falls_out_costs_its_own_share(
     assert 0 < record.update_norm < 1
 
 
-@pytest.mark.parametrize("phase", ["advertise", "share", "train"])
+@pytest.mark.parametrize(
+    "phase", ["advertise", pytest.param("share", marks=pytest.mark.slow), "train"]
+)
 def test_with_too_few_the_round_begins_anew_with_fresh_keys(
     tiny_config: MakeConfig,
     fail_at: FailAt,
@@ -214,7 +216,7 @@ def test_too_few_again_and_again_stop_the_run_which_can_be_resumed(
 
 
 @pytest.mark.parametrize("action", ["advertise", "share", "unmask"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_server_that_is_killed_between_phases_ends_at_the_same_adapter(
     tiny_config: MakeConfig,
     monkeypatch: pytest.MonkeyPatch,
@@ -294,9 +296,9 @@ def curve_total(record: RoundRecord) -> int:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda packet: packet[:-1], "truncated"),
+        pytest.param(lambda packet: packet[:-1], "truncated", marks=pytest.mark.slow),
         (lambda packet: packet[:80] + b"?" + packet[81:], "checksum"),
-        (lambda packet: b"", "too short"),
+        pytest.param(lambda packet: b"", "too short", marks=pytest.mark.slow),
     ],
 )
 def test_a_packet_that_is_damaged_costs_its_own_share(
@@ -393,7 +395,10 @@ def test_error_feedback_and_server_optimisers_go_with_it(
     [
         ("federation.fraction_train=0.7",),  # two of three
         ("federation.stateless=true",),
-        ("federation.strategy.name=fedadam", "federation.server_lr=0.5"),
+        pytest.param(
+            ("federation.strategy.name=fedadam", "federation.server_lr=0.5"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_it_goes_with_sampling_stateless_clients_and_any_mean(
