@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
@@ -26,6 +26,9 @@ from pydantic import (
 
 from cgfedllm.errors import CodecError, ConfigError, PrivacyError
 
+if TYPE_CHECKING:
+    from cgfedllm.codecs.linear import LinearCodec
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -37,6 +40,8 @@ EMBEDDED_MODEL = "embedded"
 DEMO_DATA = "demo"
 WITHOUT_FLUSH: dict[str, Any] = {"uplink.flush": "", "uplink.flush_options": {}}
 """Overrides for a run without the round after the last."""
+MEAN_STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox")
+"""Strategies that use nothing of their replies but the mean."""
 _PATH_KEYS = ("data.source", "data.heldout_source", "model.id", "uplink.state")
 
 
@@ -358,6 +363,30 @@ def _accepted(codec: str, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def linear_codec(uplink: CodecConfig) -> LinearCodec:
+    """The uplink codec of a run with secure aggregation.
+
+    Raises
+    ------
+    ValueError
+        If sums of its packets do not decode.
+    """
+    from cgfedllm.codecs import make_codec
+    from cgfedllm.codecs.linear import LinearCodec
+
+    codec = make_codec(uplink.name, uplink.options)
+    if not isinstance(codec, LinearCodec):
+        raise ValueError(
+            f"privacy.secagg adds packets up before they are decoded, and those of {uplink.name!r} "
+            "do not add up; set uplink.name = 'sketch', the one codec that is linear"
+        )
+    try:
+        codec.reach  # noqa: B018  # raises where the step is not fixed
+    except CodecError as error:
+        raise ValueError(f"privacy.secagg: {error}") from None
+    return codec
+
+
 class UplinkConfig(CodecConfig):
     """From client to server."""
 
@@ -460,8 +489,33 @@ class EvaluationConfig(Section):
         return round in ends or (self.every > 0 and round % self.every == 0)
 
 
+class SecureAggregationConfig(Section):
+    """Masked sums: the server learns what clients' updates add up to, and none alone."""
+
+    enabled: bool = False
+    """Needs a codec whose packets add up (`sketch` with a fixed scale_exponent), uniform weights
+    and a strategy that uses the mean alone."""
+    threshold: Annotated[int, Field(ge=2)] | None = None
+    """So many clients at least are in a sum, and must see each round through; more than half of
+    those asked, and not below federation.min_clients. None: two thirds, rounded up."""
+
+
+class AdaptiveClipConfig(Section):
+    """privacy.clip follows a quantile of the updates' norms (Andrew et al., arXiv 1905.03871)."""
+
+    enabled: bool = False
+    """Only with privacy.mechanism = "central"; privacy.clip is where it starts."""
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the updates that should be no longer than the clipping norm."""
+    rate: PositiveFloat = 0.2
+    """The norm is multiplied by exp(-rate * (share within it - quantile)) after each round."""
+    count_noise: PositiveFloat | None = None
+    """Standard deviation of the noise on the number of updates within the norm, in clients. None: a
+    20th of the expected clients, or the noise multiplier where that is more."""
+
+
 class PrivacyConfig(Section):
-    """Differential privacy of a client's part in the run (docs/privacy.md)."""
+    """Differential privacy of a client's part in the run, secure aggregation (docs/privacy.md)."""
 
     mechanism: Literal["none", "local", "central"] = "none"
     """local: each client clips its update and adds noise before coding, and trusts nobody. central:
@@ -478,6 +532,10 @@ class PrivacyConfig(Section):
     """How rounds are composed; prv is tighter and slower."""
     repeatable: bool = False
     """Draw noise from the run's seed, to repeat an experiment: hides nothing from who knows it."""
+    adaptive_clip: AdaptiveClipConfig = Field(default_factory=AdaptiveClipConfig)
+    """A clipping norm that follows the updates."""
+    secagg: SecureAggregationConfig = Field(default_factory=SecureAggregationConfig)
+    """Secure aggregation; goes with any mechanism or none."""
 
     @field_validator("epsilon")
     @classmethod
@@ -582,6 +640,44 @@ class Config(Section):
                         "privacy.mechanism = 'central' releases one noised mean of equal weights "
                         f"and nothing else of the updates; set {key} = {needed!r}, not {found!r}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_clip_is_central(self) -> Config:
+        privacy = self.privacy
+        if privacy.adaptive_clip.enabled and privacy.mechanism != "central":
+            raise ValueError(
+                "privacy.adaptive_clip needs a noised count of the updates within the norm, which "
+                f"only mechanism = 'central' has, not {privacy.mechanism!r}; switch it off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_are_all_it_takes(self) -> Config:
+        if not self.privacy.secagg.enabled:
+            return self
+        federation, central = self.federation, self.privacy.mechanism == "central"
+        allowed: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "federation.weighting": (federation.weighting, ("uniform",)),
+            "federation.strategy.name": (federation.strategy.name, MEAN_STRATEGIES),
+            "federation.aggregation": (federation.aggregation, ("factors", "sum")),
+            "uplink.adapt_every": (self.uplink.adapt_every, (0,)),
+            "uplink.flush": (self.uplink.flush, ("",)),
+        }
+        if central:
+            # a draw of too few clients could not be opened, and may not be made again
+            allowed["federation.fraction_train"] = (federation.fraction_train, (1.0,))
+            allowed["privacy.adaptive_clip.enabled"] = (
+                self.privacy.adaptive_clip.enabled,
+                (False,),
+            )
+        for key, (found, good) in allowed.items():
+            if found not in good:
+                raise ValueError(
+                    "privacy.secagg lets the server see one sum of updates of equal weight and "
+                    f"nothing else; set {key} = {' or '.join(map(repr, good))}, not {found!r}"
+                )
+        linear_codec(self.uplink)
         return self
 
     @property

@@ -43,6 +43,10 @@ class PrivacyError(CgFedLlmError, ValueError):
     """A privacy budget or mechanism is asked for that does not exist, or the budget is spent."""
 
 
+class SecureAggregationError(CgFedLlmError):
+    """Secure aggregation cannot go on, or was asked for what would give a client's update away."""
+
+
 class TrainingError(CgFedLlmError):
     """Local training cannot go on (for example the loss is no longer finite)."""
 

@@ -64,6 +64,13 @@ class RoundRecord:
     codec_bytes: int = 0
     """Length of what was sent down of the uplink codec's state; not part of `downlink_bytes`."""
     codec_bytes_total: int = 0
+    secagg_uplink_bytes: int = 0
+    """Keys and shares of secure aggregation that came in; not part of `uplink_bytes`, which has the
+    masked packets."""
+    secagg_uplink_bytes_total: int = 0
+    secagg_downlink_bytes: int = 0
+    """The same that went out; not part of `downlink_bytes`."""
+    secagg_downlink_bytes_total: int = 0
     tgap_uplink_bytes: int = 0
     """What pre-training the uplink codec cost clients' uplinks, as its file says: in round 0, once.
     No total holds it."""
@@ -73,6 +80,8 @@ class RoundRecord:
     """Norm of the change made to the global adapter."""
     epsilon: float | None = None
     """Spent so far of the privacy budget, where the run has one."""
+    clip: float | None = None
+    """Longest norm of an update in this round, under differential privacy."""
     product_gap: float | None = None
     """||mean(B A) - mean(B) mean(A)|| / ||mean(B A)||: what averaging the factors apart ignores."""
     heldout_nll: float | None = None

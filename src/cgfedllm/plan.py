@@ -23,9 +23,11 @@ from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import Codec, make_codec
 from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.codecs.packet import HEADER_SIZE
-from cgfedllm.config import Config, ModelConfig, UplinkConfig
+from cgfedllm.config import Config, ModelConfig, UplinkConfig, linear_codec
 from cgfedllm.errors import ConfigError
 from cgfedllm.federation.codec_state import pack_whole
+from cgfedllm.privacy.secagg.collector import traffic
+from cgfedllm.privacy.secagg.packet import masked_size
 from cgfedllm.report.units import human_bytes
 from cgfedllm.workspace import read_codec_file, uplink_codec
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _ASSUMED_CLIENTS = 10
+# bytes of a client's name, which secure aggregation tells the others
+_ASSUMED_NAME = 10
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 # quantised weight plus its scales: one byte a weight and a float32 a row; half a byte a weight
 # and a float32 per block of 64
@@ -126,6 +130,14 @@ class CodecStatePlan:
 
 
 @dataclass(frozen=True)
+class SecureAggregationPlan:
+    """Keys and shares of a whole run in which nobody falls out; masked packets are the uplink's."""
+
+    uplink: int
+    downlink: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on a client while it trains, and of the server's copies of the adapter.
 
@@ -184,6 +196,8 @@ class Plan:
     memory: MemoryPlan
     codec_state: CodecStatePlan | None = None
     """None for uplink codecs that do not learn."""
+    secagg: SecureAggregationPlan | None = None
+    """None without secure aggregation."""
 
     @property
     def round_seconds(self) -> float | None:
@@ -218,6 +232,7 @@ class Plan:
             ("uplink total", _total(self.uplink)),
             ("downlink total", _total(self.downlink)),
             *_codec_rows(self.codec_state),
+            *_secagg_rows(self.secagg),
             ("transfer a round", f"{_duration(per_round)} ({link}, clients side by side)"),
             ("transfer in all", _duration(whole)),
             ("client memory", f"about {human_bytes(memory.client)} while it trains"),
@@ -274,7 +289,12 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
     file = read_codec_file(config, spec)
     codec = uplink_codec(config, file)
     down = make_codec(config.downlink.name, config.downlink.options)
-    uplink = _direction(codec, spec, rounds * sampled, 0, link.up_mbit)
+    secagg, packet = None, None
+    if config.privacy.secagg.enabled:
+        packet = masked_size(linear_codec(config.uplink), spec, sampled)
+        up, across = traffic(sampled, sampled * (_ASSUMED_NAME + 1) - 1)
+        secagg = SecureAggregationPlan(rounds * up, rounds * across)
+    uplink = _direction(codec, spec, rounds * sampled, 0, link.up_mbit, packet)
     uplink = _with_flush(uplink, config.uplink, spec, len(set().union(*trained_in)))
     downlink = _direction(down, spec, increments, whole, link.down_mbit)
     memory = _memory(config, model_config, model, spec, full, sampled, (codec, down))
@@ -294,6 +314,7 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
         downlink=downlink,
         memory=memory,
         codec_state=codec_state,
+        secagg=secagg,
     )
 
 
@@ -407,16 +428,17 @@ def _direction(
     packets: int,
     whole: int,
     mbit: float,
+    masked: int | None = None,
 ) -> DirectionPlan:
     if codec.lossless:  # codes the whole adapter every time
         packets, whole = packets + whole, 0
-    size, raw = codec.expected_size(spec), HEADER_SIZE + 4 * spec.size
+    size, raw = masked or codec.expected_size(spec), HEADER_SIZE + 4 * spec.size
     total = None if size is None else size * packets + raw * whole
     count = packets + whole
     return DirectionPlan(
         codec=codec.name,
         packet=size,
-        exact=codec.packet_size(spec) is not None,
+        exact=masked is not None or codec.packet_size(spec) is not None,
         packets=packets,
         whole_packet=raw,
         whole_packets=whole,
@@ -526,6 +548,13 @@ def _total(direction: DirectionPlan) -> str:
     if direction.total is None or direction.ratio is None:
         return f"{packets}; {fp32}"
     return f"{human_bytes(direction.total)} in {packets}; {fp32} ({direction.ratio:.2f}x)"
+
+
+def _secagg_rows(plan: SecureAggregationPlan | None) -> list[tuple[str, str]]:
+    if plan is None:
+        return []
+    up, down = human_bytes(plan.uplink), human_bytes(plan.downlink)
+    return [("secure aggregation", f"about {up} up and {down} down, of keys and shares")]
 
 
 def _codec_rows(plan: CodecStatePlan | None) -> list[tuple[str, str]]:

@@ -40,7 +40,7 @@ _REMEDIES = {
 }
 
 
-def write_atomic(path: StrPath, data: bytes | str) -> None:
+def write_atomic(path: StrPath, data: bytes | str, *, private: bool = False) -> None:
     """Replace a file's content at once; parent folders are made where missing.
 
     Parameters
@@ -49,6 +49,8 @@ def write_atomic(path: StrPath, data: bytes | str) -> None:
         File to write.
     data : bytes or str
         New content; text is written as UTF-8.
+    private : bool
+        Readable by its owner alone, from the first byte on.
 
     Raises
     ------
@@ -56,7 +58,8 @@ def write_atomic(path: StrPath, data: bytes | str) -> None:
         If the content cannot be written. The old file, if there was one, is untouched.
     """
     content = data.encode() if isinstance(data, str) else data
-    _replace(Path(path), lambda descriptor: _write_all(descriptor, content))
+    mode = 0o600 if private else 0o666
+    _replace(Path(path), lambda descriptor: _write_all(descriptor, content), mode)
 
 
 def append_line(path: StrPath, text: str) -> None:
@@ -134,15 +137,15 @@ def remove_leftovers(folder: StrPath) -> None:
             leftover.unlink()
 
 
-def write_json(path: StrPath, value: Any) -> None:
-    """Write indented JSON, atomically.
+def write_json(path: StrPath, value: Any, *, private: bool = False) -> None:
+    """Write indented JSON, atomically; `private` as for `write_atomic`.
 
     Raises
     ------
     StorageError
         As `write_atomic`.
     """
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", private=private)
 
 
 def read_json(path: StrPath) -> Any:
@@ -230,14 +233,14 @@ def load_tensors(path: StrPath) -> tuple[dict[str, AnyArray], dict[str, str]]:
     return tensors, metadata
 
 
-def _replace(path: Path, write: Callable[[int], None]) -> None:
+def _replace(path: Path, write: Callable[[int], None], mode: int = 0o666) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # a token of its own, so that two writers never share a temp file; the name is cut because
         # folders limit its length
         temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
         # not tempfile: its files are 0600 whatever the umask says, and runs are often shared
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except OSError as error:
         raise _storage_error(path, error) from error
     try:

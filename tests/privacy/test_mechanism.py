@@ -97,7 +97,7 @@ class TestCentral:
 
         def mean(updates: list[AdapterUpdate], name: str) -> np.ndarray:
             ledger = quiet.ledger(tmp_path / name, "server")
-            return private_mean(updates, spec, quiet, ledger, round=1).vector
+            return private_mean(updates, spec, quiet, ledger, round=1)[0].vector
 
         members = [update_of(seed, length) for seed, length in ((1, 9.0), (2, 0.1), (3, 0.5))]
         whole = mean(members, "all")
@@ -112,7 +112,7 @@ class TestCentral:
     ) -> None:
         loud = plan("central")
         members = [update_of(seed, 2.0) for seed in (1, 2, 3)]
-        mean = private_mean(members, spec, loud, loud.ledger(tmp_path, "server"), round=1)
+        mean, _ = private_mean(members, spec, loud, loud.ledger(tmp_path, "server"), round=1)
         total = sum(clip_update(update, 0.5).vector for update in members)
         noise = mean.vector - total / 4  # four were expected, three came
         assert noise.std() == pytest.approx(3.0 * 0.5 / 4, rel=0.02)
@@ -121,7 +121,7 @@ class TestCentral:
         self, spec: AdapterSpec, plan: MakePlan, tmp_path: Path
     ) -> None:
         loud = plan("central")
-        mean = private_mean([], spec, loud, loud.ledger(tmp_path, "server"), round=1)
+        mean, _ = private_mean([], spec, loud, loud.ledger(tmp_path, "server"), round=1)
         assert mean.vector.std() == pytest.approx(3.0 * 0.5 / 4, rel=0.02)
 
 

@@ -93,3 +93,31 @@ def test_a_given_multiplier_must_keep_the_budget() -> None:
     assert louder is not None
     assert louder.multiplier == 50
     assert louder.spent(4) < 2
+
+
+def test_an_adaptive_norm_is_central_and_its_count_leaves_something_for_the_sum() -> None:
+    adaptive = "privacy.adaptive_clip.enabled=true"
+    for other in ("privacy.mechanism=local", "privacy.mechanism=none"):
+        with pytest.raises(ConfigError, match="only mechanism = 'central' has"):
+            config(other, adaptive)
+    few = plan_privacy(config(*CENTRAL, adaptive), 10)
+    assert few is not None
+    assert few.adaptive is not None
+    # with few clients the count gets the multiplier itself, and the sum 15 % more noise
+    assert few.adaptive.count_noise == few.multiplier
+    assert few.noise_std == pytest.approx(few.multiplier * few.clip * (4 / 3) ** 0.5)
+    many = plan_privacy(config(*CENTRAL, adaptive, "privacy.noise_multiplier=20.0"), 10_000)
+    assert many is not None
+    assert many.adaptive is not None
+    assert many.adaptive.count_noise == 500
+    assert many.noise_std == pytest.approx(many.multiplier * many.clip, rel=1e-3)
+    assert few.spent(4) == plan_privacy(config(*CENTRAL), 10).spent(4)  # type: ignore[union-attr]
+    assert "count gets noise of 500 clients" in many.describe(100)
+    with pytest.raises(PrivacyError, match=r"it must be above 10, half of the noise multiplier"):
+        plan_privacy(
+            config(
+                *CENTRAL, adaptive, "privacy.noise_multiplier=20.0",
+                "privacy.adaptive_clip.count_noise=10.0",
+            ),
+            10,
+        )  # fmt: skip

@@ -155,6 +155,45 @@ def test_with_sampling_each_client_is_drawn_on_its_own(tiny_config: MakeConfig) 
     assert releases(result.run_dir) == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_adaptive_norm_is_told_to_clients_and_survives_a_restart(
+    tiny_config: MakeConfig,
+) -> None:
+    settings = (
+        *CENTRAL, "privacy.adaptive_clip.enabled=true", "privacy.adaptive_clip.rate=1.0",
+        "privacy.clip=0.05", "privacy.repeatable=true", "federation.rounds=4",
+    )  # fmt: skip
+
+    def stop(event: events.Event) -> None:
+        # noise is drawn, the norm has moved, nothing is written down yet
+        if isinstance(event, events.RoundAggregated) and event.round == 3:
+            raise Stop
+
+    norms: dict[int, list[float]] = {}
+
+    def keep(event: events.Event) -> None:
+        if isinstance(event, events.UpdateReceived):
+            assert event.metrics["within-clip"] in (0, 1)
+            norms.setdefault(event.round, []).append(event.update.norm())
+
+    whole = cgfedllm.run(tiny_config(*settings, "name=whole"), listeners=[keep])
+    clips = [record.clip for record in whole.records]
+    assert clips[:2] == [None, 0.05]
+    assert len(set(clips[1:])) == 4
+    for record in whole.records[1:]:
+        assert record.clip is not None
+        assert max(norms[record.round]) <= record.clip * (1 + 1e-6)
+    config = tiny_config(*settings, "name=broken")
+    with pytest.raises(Stop):
+        cgfedllm.run(config, listeners=[stop])
+    resumed = cgfedllm.resume(config.run_dir)
+    assert [record.clip for record in resumed.records] == clips
+    assert releases(resumed.run_dir) == [1, 2, 3, 4]
+    np.testing.assert_array_equal(
+        load_adapter(resumed.adapter_dir).vector, load_adapter(whole.adapter_dir).vector
+    )
+    assert resumed.records[-1].epsilon == whole.records[-1].epsilon
+
+
 def test_a_run_that_would_overspend_does_not_start(tiny_config: MakeConfig) -> None:
     config = tiny_config(*LOCAL, "privacy.noise_multiplier=0.5")
     with pytest.raises(PrivacyError, match="nothing was started"):

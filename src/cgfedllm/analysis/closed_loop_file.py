@@ -225,9 +225,16 @@ def _cell(matrix: Matrix, candidate: Candidate, seed: int) -> dict[str, Any]:
         "uplink": _traffic(matrix, candidate.label, cell.records),
         "downlink": {"bytes": cell.records[-1].downlink_bytes_total},
         **_learned(cell.records),
+        **_secagg(cell.records[-1]),
         "seconds": _seconds(cell.records),
         "lost_replies": sum(len(r.failures) for r in cell.records),
     }
+
+
+def _secagg(last: RoundRecord) -> dict[str, Any]:
+    """What keys and shares of secure aggregation weigh beside packets; nothing without it."""
+    up, down = last.secagg_uplink_bytes_total, last.secagg_downlink_bytes_total
+    return {"secure_aggregation": {"uplink_bytes": up, "downlink_bytes": down}} if up else {}
 
 
 def _learned(records: Sequence[RoundRecord]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class ComparisonEntry:
 class Point:
     """State after an evaluated round: bytes are cumulative over all clients.
 
-    `codec` is what was sent down of a learned codec's state, which `downlink` does not hold.
+    `codec` is what was sent down of a learned codec's state, `secagg` what secure aggregation sent
+    of keys and shares both ways; `uplink` and `downlink` hold neither.
     """
 
     round: int
@@ -50,11 +51,12 @@ class Point:
     uplink: int
     downlink: int
     codec: int = 0
+    secagg: int = 0
 
     @property
     def total(self) -> int:
-        """Both directions, codec state included; pre-training is not."""
-        return self.uplink + self.downlink + self.codec
+        """Both directions, codec state and secure aggregation included; pre-training is not."""
+        return self.uplink + self.downlink + self.codec + self.secagg
 
 
 Bytes = Callable[[Point], int]
@@ -79,6 +81,7 @@ def curve_of(records: Sequence[RoundRecord]) -> list[Point]:
             r.uplink_bytes_total,
             r.downlink_bytes_total,
             r.codec_bytes_total,
+            r.secagg_uplink_bytes_total + r.secagg_downlink_bytes_total,
         )
         for r in records
         if r.heldout_nll is not None

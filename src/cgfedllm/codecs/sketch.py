@@ -17,7 +17,7 @@ feedback all of it arrives.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,24 +26,22 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
-from cgfedllm.codecs.base import Codec, CodecContext, register
+from cgfedllm.codecs.base import CodecContext, register
 from cgfedllm.codecs.entropy import blocks
+from cgfedllm.codecs.linear import Int32Array, LinearCodec
+from cgfedllm.codecs.packet import Packet
+from cgfedllm.codecs.parts.bitpack import MOST_WIDTH, pack, packed_size, unpack
 from cgfedllm.codecs.parts.draws import apply_signs, random_order, random_signs
 from cgfedllm.codecs.parts.hadamard import LENGTH, padded_shape, transform
 from cgfedllm.codecs.rate import RateOptions, payload_bits
 from cgfedllm.errors import CodecError, PacketError
 from cgfedllm.seeding import generator
 
-Int32Array = NDArray[np.int32]
-
 # exponent of the scale, bits a number
 _HEAD = struct.Struct("<hB")
-_MOST_WIDTH = 32
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -200, 160
 # a rotated value is a sum of 4096; 1/64 makes the transform orthonormal
 _ROOT = 64
-# numbers packed at a time; a multiple of 8, so that each part is whole bytes
-_TILE = 1 << 16
 # scales tried below the one at which nothing is clipped
 _SCALES_TRIED = 4
 
@@ -76,7 +74,7 @@ class SketchOptions(RateOptions):
 
 
 @register
-class Sketch(Codec):
+class Sketch(LinearCodec):
     """Subsampled randomised Hadamard transform; linear."""
 
     name = "sketch"
@@ -125,7 +123,7 @@ class Sketch(Codec):
             return packets[0]
         lowest = min(exponent for _, exponent in used)
         reach = sum(_most(levels) << min(exponent - lowest, 64) for levels, exponent in used)
-        if reach >= 1 << (_MOST_WIDTH - 1):
+        if reach >= 1 << (MOST_WIDTH - 1):
             raise CodecError(
                 "sketch: the packets' scales are too far apart to add them in 32 bits; "
                 "set scale_exponent to the same number on all clients"
@@ -134,14 +132,54 @@ class Sketch(Codec):
         for levels, exponent in used:
             total += levels.astype(np.int64) << (exponent - lowest)
         width = max(self.options.bits, _most(total).bit_length() + 1)
-        payload = _HEAD.pack(lowest, width) + b"".join(_pack(total, width))
-        return replace(read[0][0], payload=payload).to_bytes()
+        return replace(read[0][0], payload=_payload(total, width, lowest)).to_bytes()
+
+    @property
+    def reach(self) -> int:
+        """2^(bits - 1) - 1; what is larger is clipped to it."""
+        if self.options.scale_exponent is None:
+            raise CodecError(
+                "sketch: each packet has a step of its own; set the option scale_exponent (the "
+                "step is 2 to that power, e.g. -14) so that packets add up as plain integers"
+            )
+        return self._top
+
+    def levels(self, blob: bytes, context: CodecContext) -> Int32Array:
+        """The integers in a packet; at the fixed step, where there is one."""
+        levels, exponent = _read(self._open(blob, context).payload, self.numbers(context.spec))
+        if self.options.scale_exponent not in (None, exponent) and levels.any():
+            raise PacketError(
+                f"sketch: the packet's scale exponent is {exponent}, "
+                f"not {self.options.scale_exponent} as agreed"
+            )
+        return levels
+
+    def packet_of(self, levels: NDArray[Any], context: CodecContext) -> bytes:
+        """A packet of integers at the fixed step, as wide as they need."""
+        assert self.options.scale_exponent is not None
+        payload = b""
+        if levels.size:
+            width = max(self.options.bits, _most(levels).bit_length() + 1)
+            payload = _payload(levels, width, self.options.scale_exponent)
+        return Packet(
+            codec=self.name,
+            codec_version=self.version,
+            spec_hash=context.spec.hash,
+            state_hash=context.state.hash,
+            round=context.round,
+            parameters=context.spec.size,
+            payload=payload,
+        ).to_bytes()
 
     def numbers(self, spec: AdapterSpec) -> int:
         """How many numbers a packet for this adapter holds."""
         most = LENGTH * padded_shape(spec.size)[1]
         wanted = (payload_bits(spec, self.options.bpp) - 8 * _HEAD.size) / self.options.bits
         return max(0, min(int(wanted), most))
+
+    @property
+    def _top(self) -> int:
+        return int((1 << (self.options.bits - 1)) - 1)
 
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
         spec = context.spec
@@ -166,7 +204,7 @@ class Sketch(Codec):
         del values, flat
         numbers /= np.float32(_ROOT)
         levels, step = self._round(numbers, exponent)
-        return _HEAD.pack(step, self.options.bits) + b"".join(_pack(levels, self.options.bits))
+        return _payload(levels, self.options.bits, step)
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
         spec = context.spec
@@ -191,7 +229,7 @@ class Sketch(Codec):
 
     def _round(self, numbers: Float32Array, exponent: int) -> tuple[Int32Array, int]:
         """Levels, and the exponent of their step, for numbers scaled by 2^-exponent."""
-        top = (1 << (self.options.bits - 1)) - 1
+        top = self._top
         if self.options.scale_exponent is not None:
             chosen = self.options.scale_exponent
             return _levels(numbers, exponent - chosen, top), chosen
@@ -242,14 +280,6 @@ def _most(levels: NDArray[Any]) -> int:
     return max(int(levels.max()), -int(levels.min()))
 
 
-def _pack(levels: NDArray[Any], width: int) -> Iterator[bytes]:
-    """Numbers plus half of their range, `width` bits each, lowest bit first."""
-    for start in range(0, levels.size, _TILE):
-        raised = (levels[start : start + _TILE].astype(np.int64) + (1 << (width - 1))).astype("<u4")
-        bits = np.unpackbits(raised.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
-        yield np.packbits(bits[:, :width].reshape(-1), bitorder="little").tobytes()
-
-
 def _read(payload: bytes, count: int) -> tuple[Int32Array, int]:
     """Levels and exponent of a payload."""
     if not count:
@@ -259,23 +289,18 @@ def _read(payload: bytes, count: int) -> tuple[Int32Array, int]:
     if len(payload) < _HEAD.size:
         raise PacketError(f"sketch: payload is {len(payload)} bytes, its head is {_HEAD.size}")
     exponent, width = _HEAD.unpack_from(payload)
-    if not 2 <= width <= _MOST_WIDTH:
-        raise PacketError(f"sketch: numbers of {width} bits; 2 to {_MOST_WIDTH} are known")
+    if not 2 <= width <= MOST_WIDTH:
+        raise PacketError(f"sketch: numbers of {width} bits; 2 to {MOST_WIDTH} are known")
     if not _SMALLEST_EXPONENT <= exponent <= _LARGEST_EXPONENT:
         raise PacketError(f"sketch: scale exponent {exponent} is out of range")
-    expected = _HEAD.size + -(-count * width // 8)
+    expected = _HEAD.size + packed_size(count, width)
     if len(payload) != expected:
         raise PacketError(f"sketch: payload is {len(payload)} bytes, this rate needs {expected}")
-    packed = np.frombuffer(payload, np.uint8, offset=_HEAD.size)
-    levels = np.empty(count, np.int32)
-    for start in range(0, count, _TILE):
-        size = min(_TILE, count - start)
-        first = start * width // 8
-        part = packed[first : first + -(-size * width // 8)]
-        bits = np.zeros((size, 32), np.uint8)
-        bits[:, :width] = np.unpackbits(part, count=size * width, bitorder="little").reshape(
-            size, width
-        )
-        raised = np.packbits(bits, axis=1, bitorder="little").view("<u4").reshape(-1)
-        levels[start : start + size] = raised.astype(np.int64) - (1 << (width - 1))
-    return levels, exponent
+    raised = unpack(np.frombuffer(payload, np.uint8, offset=_HEAD.size), count, width)
+    return (raised.astype(np.int64) - (1 << (width - 1))).astype(np.int32), exponent
+
+
+def _payload(levels: NDArray[Any], width: int, exponent: int) -> bytes:
+    """Inverse of `_read`: numbers plus half of their range, `width` bits each."""
+    raised = levels.astype(np.int64) + (1 << (width - 1))
+    return _HEAD.pack(exponent, width) + pack(raised, width)

@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from cgfedllm import __version__, events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs import CodecContext, CodecState, Start, codec_class, make_codec
-from cgfedllm.codecs.feedback import encode_with_feedback
+from cgfedllm.codecs.feedback import Encoded, encode_with_feedback
 from cgfedllm.codecs.learning import LearnedCodec
 from cgfedllm.config import learns
 from cgfedllm.data import ClientData
@@ -41,6 +41,7 @@ from cgfedllm.federation.downlink import Broadcast, fingerprint, receive
 from cgfedllm.federation.messages import (
     ARRAYS,
     CHECK,
+    CLIP,
     CODEC_HASH,
     CODEC_KIND,
     CODEC_MISSING,
@@ -54,16 +55,21 @@ from cgfedllm.federation.messages import (
     PREVIOUS,
     REFERENCE_MISSING,
     SERVER_ROUND,
+    SESSION,
     STATUS,
     VERSION,
+    WITHIN_CLIP,
     adapter_of,
     adapter_record,
+    blob_in,
     codec_state_of,
     packet_limit,
     packet_of,
     packet_record,
 )
+from cgfedllm.federation.secure_client import ACTIONS, WITHHELD, answer, encode_within, masked
 from cgfedllm.privacy.mechanism import protect_update, withhold
+from cgfedllm.privacy.secagg.member import Member
 from cgfedllm.training.optim import OptimizerState
 from cgfedllm.workspace import Workspace, workspace_for
 
@@ -82,6 +88,11 @@ class ClientSession:
     workspace: Workspace
     data: ClientData
     state: ClientState
+
+    @property
+    def member(self) -> Member:
+        """The client in secure aggregation."""
+        return Member(self.state.folder, self.data.name)
 
 
 def open_session(context: Context) -> ClientSession:
@@ -122,6 +133,10 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     if message.content.config_records.get(CONFIG, ConfigRecord()).get(FLUSH):
         return Message(_flush(session, message.content), reply_to=message)
     began = time.perf_counter()
+    secure = action == "train" and session.workspace.config.privacy.secagg.enabled
+    if secure:  # before any training: what may not be sent need not be made
+        request = message.content.config_records[CONFIG]
+        session.member.ready(blob_in(request, SESSION))
     lacking: list[str] = []
     codec: StatefulCodec | None = None
     try:
@@ -226,12 +241,25 @@ def hello(message: Message, context: Context) -> Message:
     return Message(RecordDict({CONFIG: about}), reply_to=message)
 
 
+def secure_query(action: str) -> ClientFunction:
+    """What answers one of the queries of secure aggregation."""
+
+    def respond(message: Message, context: Context) -> Message:
+        session = open_session(context)
+        config = session.workspace.config
+        return Message(answer(action, message.content, session.member, config), reply_to=message)
+
+    return respond
+
+
 def make_client_app() -> ClientApp:
     """The ClientApp, with compression outermost."""
     app = ClientApp()
     app.train(mods=[compression])(train)
     app.evaluate(mods=[compression])(evaluate)
     app.query()(hello)
+    for action in ACTIONS:
+        app.query(action)(secure_query(action))
     return app
 
 
@@ -344,19 +372,34 @@ def _send(
     began = time.perf_counter()
     feedback = workspace.config.keeps_residual
     update, previous = trained - start, _previous(session, config)
-    privacy = workspace.privacy
-    update = protect_update(update, privacy, session.state.folder, client=name, round=round_)
+    privacy, secure = workspace.privacy, workspace.config.privacy.secagg.enabled
+    clip = None if privacy is None else float(config.get(CLIP, privacy.clip))  # type: ignore[arg-type]
+    within = clip is not None and update.norm() <= clip
+    update = protect_update(
+        update, privacy, session.state.folder, client=name, round=round_, clip=clip
+    )
     known = None if previous is None else previous.vector
     uses_start = codec.codec.uses_start
     begun = Start(start.vector, workspace.start.vector) if uses_start else None
-    encoded = encode_with_feedback(
-        codec.codec,
-        update,
-        CodecContext(spec, round_, workspace.config.seed, codec.state, known, begun),
-        residual=session.state.residual(round_) if feedback else None,
-        decay=uplink.error_feedback_decay,
-        enabled=feedback,
-    )
+    coding = CodecContext(spec, round_, workspace.config.seed, codec.state, known, begun)
+
+    def encode(wanted: AdapterUpdate) -> Encoded:
+        return encode_with_feedback(
+            codec.codec,
+            wanted,
+            coding,
+            residual=session.state.residual(round_) if feedback else None,
+            decay=uplink.error_feedback_decay,
+            enabled=feedback,
+        )
+
+    central = privacy is not None and privacy.mechanism == "central"
+    # the server clips what it decodes, unless it decodes sums only
+    longest = clip if central and secure else None
+    encoded = encode(update) if longest is None else encode_within(encode, update, longest)
+    packet = encoded.packet
+    if secure:
+        packet = masked(packet, config, session.member, coding, workspace.config)
     encode_seconds = time.perf_counter() - began
     # residual and moments go into one file: a round's memory is complete or absent
     session.state.save_memory(round_, residual=encoded.residual, optimizer=optimizer)
@@ -364,16 +407,21 @@ def _send(
     metrics["update-norm"] = update.norm()
     metrics["encode-seconds"] = encode_seconds
     metrics["decode-seconds"] = decode_seconds
-    content[ARRAYS] = packet_record(encoded.packet)
+    content[ARRAYS] = packet_record(packet)
     events.publish(
         events.ClientFinished(
             name,
             round_,
             float(metrics["train-loss"]),  # type: ignore[arg-type]
-            len(encoded.packet),
+            len(packet),
         )
     )
+    if central and workspace.config.privacy.adaptive_clip.enabled:
+        metrics[WITHIN_CLIP] = int(within)
     withhold(metrics, privacy)
+    if secure:
+        for key in WITHHELD:
+            metrics.pop(key, None)
 
 
 def _directions(codec: StatefulCodec, spec: AdapterSpec) -> ArrayRecord:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.errors import AdapterError, CodecStateError, PacketError
+from cgfedllm.errors import AdapterError, CodecStateError, PacketError, SecureAggregationError
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -28,6 +30,18 @@ FLUSH = "flush"
 # the state of a learned uplink codec, beside the adapter, in training messages only
 CODEC, CODEC_STATE, CODEC_STATE_STYPE = "codec", "state", "cgfedllm.codec-state"
 CODEC_KIND, CODEC_VERSION, CODEC_HASH = "codec-kind", "codec-version", "codec-hash"
+# where the clipping norm changes: what it is in a round, and whether an update was within it
+CLIP, WITHIN_CLIP = "clip", "within-clip"
+# secure aggregation: actions of `query` messages, and what those and training messages carry
+ADVERTISE, SHARE, UNMASK = "advertise", "share", "unmask"
+SESSION, NAMES, KEYS, SEALED, PLACES, SHARES = (
+    "secagg-session",
+    "secagg-names",
+    "secagg-keys",
+    "secagg-sealed",
+    "secagg-places",
+    "secagg-shares",
+)
 # what a client says instead of an answer, one or several of these
 STATUS = "status"
 REFERENCE_MISSING, CODEC_MISSING = "reference-missing", "codec-missing"
@@ -83,6 +97,48 @@ def status_of(content: RecordDict) -> set[str]:
     """What a client says instead of an answer; empty if it answers."""
     said = content.config_records.get(CONFIG, ConfigRecord()).get(STATUS)
     return {str(word) for word in said} if isinstance(said, list) else set()
+
+
+def blob_in(config: ConfigRecord, key: str) -> bytes:
+    """Bytes in a message's configuration.
+
+    Raises
+    ------
+    SecureAggregationError
+        If they are not there.
+    """
+    value = config.get(key)
+    if not isinstance(value, bytes):
+        raise SecureAggregationError(f"the message lacks {key}; is it from another app?")
+    return value
+
+
+def places_blob(places: Iterable[int]) -> bytes:
+    """Places in a roster, two bytes each."""
+    return np.asarray(list(places), "<u2").tobytes()
+
+
+def places_in(config: ConfigRecord) -> list[int]:
+    """Inverse of `places_blob`, from a message.
+
+    Raises
+    ------
+    SecureAggregationError
+        If they are not there.
+    """
+    blob = blob_in(config, PLACES)
+    if len(blob) % 2:
+        raise SecureAggregationError(f"{len(blob)} bytes are no list of places")
+    return [int(place) for place in np.frombuffer(blob, "<u2")]
+
+
+def secagg_bytes(config: ConfigRecord) -> int:
+    """How much a message's configuration holds of secure aggregation."""
+    return sum(
+        len(value)
+        for key, value in config.items()
+        if key.startswith("secagg-") and isinstance(value, bytes)
+    )
 
 
 def blob_record(name: str, stype: str, blob: bytes) -> ArrayRecord:

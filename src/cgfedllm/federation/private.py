@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.federation.messages import ARRAYS, adapter_of, adapter_record
+from cgfedllm.federation.messages import (
+    ARRAYS,
+    CLIP,
+    METRICS,
+    WITHIN_CLIP,
+    adapter_of,
+    adapter_record,
+)
 from cgfedllm.privacy.ledger import Ledger
 from cgfedllm.privacy.mechanism import private_mean
 from cgfedllm.privacy.plan import PrivacyPlan
@@ -33,24 +42,43 @@ class PrivateAverage(FedAvg):
         Central.
     ledger : Ledger
         The server's.
+    summed : bool
+        The one reply is the adapter plus a sum of changes, each clipped by its client: there is
+        nothing to clip here, nor any way to.
     **options
         As for Flower's FedAvg; its fraction of clients is not used.
     """
 
     def __init__(
-        self, spec: AdapterSpec, plan: PrivacyPlan, ledger: Ledger, **options: object
+        self,
+        spec: AdapterSpec,
+        plan: PrivacyPlan,
+        ledger: Ledger,
+        *,
+        summed: bool = False,
+        **options: object,
     ) -> None:
         super().__init__(**{**options, "fraction_train": 1.0})  # type: ignore[arg-type]
         self._spec = spec
         self._plan = plan
         self._ledger = ledger
+        self._summed = summed
         self._global = AdapterUpdate.zeros(spec)
+        self.adaptive: dict[str, NDArray[np.float64]] = {}
+        """The clipping norm where it adapts, as checkpoints keep it."""
+
+    @property
+    def clip(self) -> float:
+        """Longest norm of a change in the round to come, or going on."""
+        return float(self.adaptive["clip"][0]) if self.adaptive else self._plan.clip
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw each client on its own; the draw of a round that is tried again is the same."""
         self._global = adapter_of(self._spec, arrays)
+        if self._plan.adaptive is not None:
+            config = ConfigRecord({**config, CLIP: self.clip})
         messages = list(super().configure_train(server_round, arrays, config, grid))
         if self._plan.sampling == 1:
             return messages
@@ -78,5 +106,19 @@ class PrivateAverage(FedAvg):
             adapter_of(self._spec, reply.content.array_records[ARRAYS]) - self._global
             for reply in answered
         )
-        mean = private_mean(changes, self._spec, self._plan, self._ledger, round=server_round)
+        within = [
+            bool(reply.content.metric_records[METRICS].get(WITHIN_CLIP, 0)) for reply in answered
+        ]
+        mean, clip = private_mean(
+            changes,
+            self._spec,
+            self._plan,
+            self._ledger,
+            round=server_round,
+            clip=self.clip,
+            within=within,
+            summed=self._summed,
+        )
+        if self._plan.adaptive is not None:
+            self.adaptive = {"clip": np.array([clip])}
         return adapter_record(self._global + mean), MetricRecord()

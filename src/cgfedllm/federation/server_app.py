@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
@@ -31,6 +32,9 @@ from cgfedllm.federation.messages import (
     numbers_of,
     status_of,
 )
+from cgfedllm.federation.private import PrivateAverage
+from cgfedllm.federation.secure import SecureStrategy
+from cgfedllm.federation.secure_client import threshold
 from cgfedllm.federation.strategies import make_strategy, restore_strategy, strategy_state
 from cgfedllm.federation.strategy import CompressedStrategy, RoundTally
 from cgfedllm.interrupt import check_interrupt
@@ -72,7 +76,7 @@ class Server:
             stateless=federation.stateless,
         )
         self._codec = _codec_broadcaster(workspace)
-        self._strategy = self._coded(CompressedStrategy, federation, workspace.uplink, self._codec)
+        self._strategy = self._coded(self._kind(), federation, workspace.uplink, self._codec)
         self._adapter = workspace.start
         self._record = RoundRecord(round=0)
 
@@ -102,6 +106,8 @@ class Server:
         events.publish(events.Notice(self._directory.rows()))
         if self._workspace.privacy is not None:
             self._tell_privacy(self._workspace.privacy)
+        if self._config.privacy.secagg.enabled:
+            self._tell_sums()
         if done < 0:
             self._finish_round(self._start(), RoundTally(), time.perf_counter(), {})
         for round_ in range(max(done, 0) + 1, self._config.federation.rounds + 1):
@@ -121,16 +127,29 @@ class Server:
             tgap_downlink_bytes=int(cost.get("downlink_bytes", 0)),
         )
 
+    def _kind(self) -> Callable[..., CompressedStrategy]:
+        """The wrapper of training rounds."""
+        if not self._config.privacy.secagg.enabled:
+            return CompressedStrategy
+        return partial(
+            SecureStrategy,
+            exchange=lambda messages: receive(self._grid, messages, self._timeout),
+            threshold=partial(threshold, self._config),
+            folder=self._folder.path,
+        )
+
     def _coded(
         self,
-        kind: type[CompressedStrategy],
+        kind: Callable[..., CompressedStrategy],
         federation: FederationConfig,
         uplink: Codec,
         codec_states: CodecBroadcaster | None = None,
     ) -> CompressedStrategy:
         spec = self._workspace.spec
         return kind(
-            make_strategy(federation, spec, self._private()),
+            make_strategy(
+                federation, spec, self._private(), secure=self._config.privacy.secagg.enabled
+            ),
             spec=spec,
             uplink=uplink,
             broadcaster=self._broadcaster,
@@ -209,7 +228,7 @@ class Server:
     def _round(self, round_: int) -> None:
         federation = self._config.federation
         began = time.perf_counter()
-        tally = RoundTally()
+        tally, clip = RoundTally(), self._clip()
         for attempt in range(1, federation.round_retries + 2):
             self._directory.refresh()
             self._strategy.attempt = attempt
@@ -252,6 +271,7 @@ class Server:
             attempts=attempt,
             update_norm=change.norm(),
             product_gap=tally.product_gap,
+            clip=clip,
         )
         self._finish_round(record, tally, began, seconds)
 
@@ -318,6 +338,28 @@ class Server:
                 "budget does not cover; set evaluation.clients = false"
             )
             events.publish(events.Notice(text, "warning"))
+
+    def _tell_sums(self) -> None:
+        members = self._config.federation.sampled(len(self._directory.nodes()))
+        least = threshold(self._config, members)
+        text = (
+            f"secure aggregation: the server sees sums of {least} to {members} updates and none "
+            f"alone; a round needs {least} clients from its start to its end"
+        )
+        events.publish(events.Notice(text))
+        if self._config.evaluation.clients:
+            text = (
+                "clients send the loss on their validation rows each for itself; set "
+                "evaluation.clients = false if the server is not to see that"
+            )
+            events.publish(events.Notice(text, "warning"))
+
+    def _clip(self) -> float | None:
+        """Longest norm of an update in the round to come, under differential privacy."""
+        plan, inner = self._workspace.privacy, self._strategy.inner
+        if isinstance(inner, PrivateAverage):
+            return inner.clip
+        return None if plan is None else plan.clip
 
     def _finish_round(
         self, record: RoundRecord, tally: RoundTally, began: float, seconds: dict[str, float]
@@ -405,12 +447,16 @@ class Server:
         record.uplink_bytes = tally.uplink_bytes
         record.downlink_bytes = sum(tally.downlink_bytes.values())
         record.codec_bytes = sum(tally.codec_bytes.values())
+        record.secagg_uplink_bytes = tally.secagg_uplink_bytes
+        record.secagg_downlink_bytes = tally.secagg_downlink_bytes
         record.uplink_bytes_fp32 = fp32 * tally.uplinks
         record.downlink_bytes_fp32 = fp32 * tally.broadcasts
         for name in (
             "uplink_bytes",
             "downlink_bytes",
             "codec_bytes",
+            "secagg_uplink_bytes",
+            "secagg_downlink_bytes",
             "uplink_bytes_fp32",
             "downlink_bytes_fp32",
         ):

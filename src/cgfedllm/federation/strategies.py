@@ -29,7 +29,11 @@ from cgfedllm.privacy.plan import PrivacyPlan
 
 
 def make_strategy(
-    config: FederationConfig, spec: AdapterSpec, private: tuple[PrivacyPlan, Ledger] | None = None
+    config: FederationConfig,
+    spec: AdapterSpec,
+    private: tuple[PrivacyPlan, Ledger] | None = None,
+    *,
+    secure: bool = False,
 ) -> Strategy:
     """The inner strategy: it sees whole decoded adapters and knows nothing of codecs.
 
@@ -37,6 +41,8 @@ def make_strategy(
     ----------
     private : (PrivacyPlan, Ledger), optional
         For central differential privacy, whose strategy is one of its own.
+    secure : bool
+        Whether what it is handed is one sum.
     """
     common: dict[str, Any] = {
         "fraction_train": config.fraction_train,
@@ -56,7 +62,7 @@ def make_strategy(
         "tau": options.tau,
     }
     if private is not None:
-        return PrivateAverage(spec, *private, **common)
+        return PrivateAverage(spec, *private, summed=secure, **common)
     if config.aggregation == "product":
         return ProductAverage(spec, **common)
     match options.name:
@@ -87,12 +93,12 @@ def averages_first(strategy: Strategy) -> bool:
     return type(strategy) in (FedAvg, FedAvgM, FedAdam, FedYogi, FedProx)
 
 
-_DICTS = ("m_t", "v_t")
+_DICTS = ("m_t", "v_t", "adaptive")
 _LISTS = ("momentum_vector",)
 
 
 def strategy_state(strategy: Strategy) -> dict[str, NDArray[Any]]:
-    """A server optimiser's moments under flat names, for a checkpoint."""
+    """A server optimiser's moments, or a clipping norm that adapts, by name, for a checkpoint."""
     state: dict[str, NDArray[Any]] = {}
     for attribute in _DICTS:
         for name, values in (getattr(strategy, attribute, None) or {}).items():

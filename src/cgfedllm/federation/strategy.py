@@ -44,6 +44,7 @@ from cgfedllm.federation.messages import (
     PREVIOUS,
     REFERENCE_MISSING,
     VERSION,
+    WITHIN_CLIP,
     adapter_of,
     adapter_record,
     codec_state_record,
@@ -86,6 +87,8 @@ class RoundTally:
         Packets sent.
     codec_bytes : dict of int
         Bytes of codec state sent to each client, in all attempts; not part of `downlink_bytes`.
+    secagg_uplink_bytes, secagg_downlink_bytes : int
+        Keys and shares of secure aggregation, in all attempts.
     product_gap : float or None
         See `RoundRecord`.
     """
@@ -97,6 +100,8 @@ class RoundTally:
     downlink_bytes: dict[str, int] = field(default_factory=dict)
     broadcasts: int = 0
     codec_bytes: dict[str, int] = field(default_factory=dict)
+    secagg_uplink_bytes: int = 0
+    secagg_downlink_bytes: int = 0
     product_gap: float | None = None
 
     def next_attempt(self) -> RoundTally:
@@ -182,8 +187,13 @@ class CompressedStrategy(Strategy):
             config = ConfigRecord({**config, PREVIOUS: fingerprint(previous)})
         with self._sampling(server_round, "train"):
             messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        messages = self._agreed(server_round, self._by_name(messages))
         self._asked = len(messages)
-        return [self.coded(message) for message in self._by_name(messages)]
+        return [self.coded(message) for message in messages]
+
+    def _agreed(self, server_round: int, messages: list[Message]) -> list[Message]:
+        """Those of the messages whose receivers can take part, after what has to be agreed on."""
+        return messages
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -246,14 +256,14 @@ class CompressedStrategy(Strategy):
             if averages_first(self.inner):  # one reply stands for all, whatever their number
                 inputs = [reply]
             else:
-                inputs.append(_plain(reply, adapter, weight))
+                inputs.append(plain(reply, adapter, weight))
         # where each client is drawn on its own, a round may ask fewer than that, or nobody
         if len(self.tally.received) < min(self._min_replies, self._asked):
             return None, None
         average = mean.value() if inputs else self._global
         if averages_first(self.inner):
             merged = mean.summed(self._global) if self._summed else average
-            inputs = [_plain(inputs[0], merged, mean.weight)]
+            inputs = [plain(inputs[0], merged, mean.weight)]
         self.tally.product_gap = gap.value(average)
         return self.inner.aggregate_train(server_round, inputs)
 
@@ -267,12 +277,7 @@ class CompressedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> Iterator[tuple[Message, AdapterUpdate, float]]:
         """Usable replies with their adapter and weight, as they come."""
-        previous = self._previous()
-        known = None if previous is None else previous.vector
-        state = CodecState() if self._codec_states is None else self._codec_states.state
-        # what clients hold, which a downlink that loses something keeps apart from the global one
-        start = Start(self._broadcaster.reference.vector, self._origin)
-        context = CodecContext(self._spec, server_round, self._seed, state, known, start)
+        context = self._context(server_round)
         limit = packet_limit(self._spec)
         for reply in replies:
             client = self._name(reply.metadata.src_node_id)
@@ -286,7 +291,7 @@ class CompressedStrategy(Strategy):
                 update = self._uplink.decode(blob, context)
                 adapter = self._global + update
                 metrics = numbers_of(reply.content)
-                examples = _examples(metrics)
+                examples = examples_in(metrics)
                 weight = examples if self._weighting == "examples" else 1.0
             except CgFedLlmError as error:
                 self.tally.failures.append((client, str(error)))
@@ -298,6 +303,15 @@ class CompressedStrategy(Strategy):
                 self.sample.add(client, update)
             del update  # it weighs as much as an adapter, and aggregation needs only that
             yield reply, adapter, weight
+
+    def _context(self, server_round: int) -> CodecContext:
+        """What both ends know when an update of this round is coded."""
+        previous = self._previous()
+        known = None if previous is None else previous.vector
+        state = CodecState() if self._codec_states is None else self._codec_states.state
+        # what clients hold, which a downlink that loses something keeps apart from the global one
+        start = Start(self._broadcaster.reference.vector, self._origin)
+        return CodecContext(self._spec, server_round, self._seed, state, known, start)
 
     def _previous(self) -> AdapterUpdate | None:
         """What updates may be coded against."""
@@ -338,16 +352,30 @@ class _Mean:
         return AdapterUpdate(self._spec, (self._total - others).astype(np.float32))
 
 
-def _plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
-    """A reply as a client without compression would have sent it."""
-    content = RecordDict(
-        {ARRAYS: adapter_record(adapter), METRICS: MetricRecord({NUM_EXAMPLES: weight})}
-    )
-    reply.content = content
+def plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
+    """A reply as a client without compression would have sent it.
+
+    Parameters
+    ----------
+    adapter, weight : AdapterUpdate, float
+        What it has come to.
+    """
+    metrics = MetricRecord({NUM_EXAMPLES: weight})
+    said = reply.content.metric_records[METRICS]
+    if WITHIN_CLIP in said:
+        metrics[WITHIN_CLIP] = said[WITHIN_CLIP]
+    reply.content = RecordDict({ARRAYS: adapter_record(adapter), METRICS: metrics})
     return reply
 
 
-def _examples(metrics: dict[str, float]) -> float:
+def examples_in(metrics: dict[str, float]) -> float:
+    """How many rows a client says it trained on.
+
+    Raises
+    ------
+    PacketError
+        If it does not say, or it is no count.
+    """
     weight = metrics.get(NUM_EXAMPLES, 0.0)
     if not 0 < weight < 2**53:
         raise PacketError(f"the reply's {NUM_EXAMPLES} is {weight}; it must be a positive count")

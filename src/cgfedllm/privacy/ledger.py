@@ -129,5 +129,4 @@ class Ledger:
             "key": self._key.hex(),
             "releases": [list(release) for release in self._releases],
         }
-        write_json(self._path, tree)
-        self._path.chmod(0o600)
+        write_json(self._path, tree, private=True)

@@ -12,7 +12,7 @@ weigh the same. Whatever is done with the outcome (a codec, the server's rate) s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,13 @@ def clip_update(update: AdapterUpdate, norm: float) -> AdapterUpdate:
 
 
 def protect_update(
-    update: AdapterUpdate, plan: PrivacyPlan | None, folder: Path, *, client: str, round: int
+    update: AdapterUpdate,
+    plan: PrivacyPlan | None,
+    folder: Path,
+    *,
+    client: str,
+    round: int,
+    clip: float | None = None,
 ) -> AdapterUpdate:
     """What of a client's update may leave it, before the codec.
 
@@ -53,6 +59,8 @@ def protect_update(
         None: the update itself. central: clipped. local: clipped and noised.
     folder : Path
         The client's own; its ledger lies there.
+    clip : float, optional
+        The round's clipping norm, where it adapts (central).
 
     Raises
     ------
@@ -61,9 +69,9 @@ def protect_update(
     """
     if plan is None:
         return update
-    clipped = clip_update(update, plan.clip)
     if plan.mechanism == "central":
-        return clipped
+        return clip_update(update, plan.clip if clip is None else clip)
+    clipped = clip_update(update, plan.clip)
     noise = plan.ledger(folder, client).noise(clipped.vector, round)
     noisy = clipped.vector.astype(np.float64) + plan.noise_std * noise
     return AdapterUpdate(update.spec, noisy.astype(np.float32))
@@ -83,7 +91,10 @@ def private_mean(
     ledger: Ledger,
     *,
     round: int,
-) -> AdapterUpdate:
+    clip: float | None = None,
+    within: Sequence[bool] = (),
+    summed: bool = False,
+) -> tuple[AdapterUpdate, float]:
     """Noised sum of clipped updates over the expected number of clients (central).
 
     Parameters
@@ -92,14 +103,38 @@ def private_mean(
         As they were decoded, of the clients that were drawn and answered; may be none.
     ledger : Ledger
         The server's.
+    clip : float, optional
+        The round's clipping norm; the plan's if not given.
+    within : sequence of bool
+        Whether each client's update was no longer than that, where the norm adapts.
+    summed : bool
+        What comes is a sum of updates that their clients clipped.
+
+    Returns
+    -------
+    mean : AdapterUpdate
+        The noised mean.
+    clip : float
+        The next round's clipping norm.
 
     Raises
     ------
     PrivacyError
         If the budget is spent.
     """
+    clip = plan.clip if clip is None else clip
     total = np.zeros(spec.size, np.float64)
     for update in updates:
-        total += clip_update(update, plan.clip).vector
-    noisy = total + plan.noise_std * ledger.noise(total, round)
-    return AdapterUpdate(spec, (noisy / plan.expected_clients).astype(np.float32))
+        total += (update if summed else clip_update(update, clip)).vector
+    if plan.adaptive is None:
+        noise = ledger.noise(total, round)
+    else:
+        # one release: the sum, and a count of clients that are worth 1/2 or -1/2
+        count = sum(0.5 if short else -0.5 for short in within)
+        noise, of_count = np.split(ledger.noise(np.append(total, count), round), [-1])
+        noisy_count = count + plan.adaptive.count_noise * float(of_count[0])
+    noisy = total + plan.noise_std_at(clip) * noise
+    mean = AdapterUpdate(spec, (noisy / plan.expected_clients).astype(np.float32))
+    if plan.adaptive is not None:
+        clip = plan.adaptive.next_clip(clip, 0.5 + noisy_count / plan.expected_clients)
+    return mean, clip

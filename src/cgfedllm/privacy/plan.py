@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cgfedllm.config import Config
+from cgfedllm.config import AdaptiveClipConfig, Config
 from cgfedllm.errors import PrivacyError
 from cgfedllm.privacy.accountant import (
     AccountantName,
@@ -20,6 +20,50 @@ from cgfedllm.privacy.accountant import (
 from cgfedllm.privacy.ledger import FILE, Ledger
 
 _WEAK_DELTA = 1e-3
+
+
+@dataclass(frozen=True)
+class AdaptiveClip:
+    """A clipping norm that follows a quantile of the updates' norms (central).
+
+    Andrew et al., arXiv 1905.03871, algorithm 1 with geometric updates.
+
+    Parameters
+    ----------
+    quantile : float
+        Share of updates that should be within the norm.
+    rate : float
+        How fast it follows.
+    count_noise : float
+        Standard deviation of the noise on the number of those that are.
+    """
+
+    quantile: float
+    rate: float
+    count_noise: float
+
+    def next_clip(self, clip: float, share: float) -> float:
+        """The norm after a round in which this noised share was within `clip`."""
+        return clip * math.exp(-self.rate * (share - self.quantile))
+
+    def update_multiplier(self, multiplier: float) -> float:
+        """Noise multiplier left for the sum, so that sum and count spend what `multiplier` does.
+
+        Theorem 1 of the paper. A client that is worth 1/2 or -1/2 in the count moves it by 1/2.
+
+        Raises
+        ------
+        PrivacyError
+            If the count alone spends it all.
+        """
+        left = multiplier**-2 - (2 * self.count_noise) ** -2
+        if left <= 0:
+            raise PrivacyError(
+                f"privacy.adaptive_clip.count_noise = {self.count_noise:g} leaves nothing of the "
+                f"budget for the updates; it must be above {multiplier / 2:.3g}, half of the noise "
+                "multiplier"
+            )
+        return float(left**-0.5)
 
 
 @dataclass(frozen=True)
@@ -45,6 +89,8 @@ class PrivacyPlan:
         "rdp" or "prv".
     seed : int or None
         Where noise is repeatable.
+    adaptive : AdaptiveClip or None
+        Where the clipping norm adapts; `clip` is then the first round's.
     """
 
     mechanism: Literal["local", "central"]
@@ -57,6 +103,7 @@ class PrivacyPlan:
     sampling: float = 1.0
     accountant: AccountantName = "rdp"
     seed: int | None = None
+    adaptive: AdaptiveClip | None = None
 
     @property
     def sensitivity(self) -> float:
@@ -70,7 +117,14 @@ class PrivacyPlan:
     @property
     def noise_std(self) -> float:
         """Standard deviation of the noise on each number of an update (local) or sum (central)."""
-        return self.multiplier * self.sensitivity
+        return self.noise_std_at(self.clip)
+
+    def noise_std_at(self, clip: float) -> float:
+        """The same in a round with another clipping norm."""
+        multiplier = self.multiplier
+        if self.adaptive is not None:
+            multiplier = self.adaptive.update_multiplier(multiplier)
+        return multiplier * self.sensitivity * clip / self.clip
 
     @property
     def expected_clients(self) -> float:
@@ -111,6 +165,11 @@ class PrivacyPlan:
             f"{self.multiplier:.4g}; {what}, of norm {self.clip:g} at most, gets noise of norm "
             f"{loudness:.3g}"
         )
+        if self.adaptive is not None:
+            text += (
+                f". The norm follows the {self.adaptive.quantile:g} quantile of the updates' norms;"
+                f" their count gets noise of {self.adaptive.count_noise:.3g} clients"
+            )
         if self.delta > _WEAK_DELTA:
             text += (
                 f". A delta of {self.delta:.2g} promises little: with {self.clients} clients set "
@@ -163,7 +222,10 @@ def plan_privacy(config: Config, clients: int) -> PrivacyPlan | None:
         sampling=sampling,
         accountant=privacy.accountant,
         seed=config.seed if privacy.repeatable else None,
+        adaptive=_adaptive(privacy.adaptive_clip, multiplier, sampling * clients),
     )
+    if plan.adaptive is not None:
+        plan.adaptive.update_multiplier(multiplier)
     spent = plan.spent(federation.rounds)
     if spent > privacy.epsilon:
         raise PrivacyError(
@@ -173,3 +235,14 @@ def plan_privacy(config: Config, clients: int) -> PrivacyPlan | None:
             "federation.rounds"
         )
     return plan
+
+
+def _adaptive(
+    config: AdaptiveClipConfig, multiplier: float, expected: float
+) -> AdaptiveClip | None:
+    if not config.enabled:
+        return None
+    # a 20th of the clients costs thousands of them nothing (section 3.1 of the paper); with fewer
+    # the multiplier itself, which makes the noise on the sum 15 % louder
+    count_noise = config.count_noise or max(expected / 20, multiplier)
+    return AdaptiveClip(config.quantile, config.rate, count_noise)

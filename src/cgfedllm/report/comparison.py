@@ -78,10 +78,12 @@ def _caption(entries: Sequence[ComparisonEntry], reference: str) -> str:
 
 
 def _charges(outcomes: Mapping[tuple[str, int], Summary], codecs: Sequence[str]) -> str:
-    """What learned codecs cost beside the uplink, on a line a kind and codec."""
+    """What learned codecs and secure aggregation cost beside the uplink, each on a line."""
     lines = ""
     for what, attribute in (
         ("codec state sent down", "codec_bytes"),
+        ("secure aggregation, up", "secagg_uplink_bytes"),
+        ("secure aggregation, down", "secagg_downlink_bytes"),
         ("pre-training, up", "tgap_uplink_bytes"),
         ("pre-training, down", "tgap_downlink_bytes"),
     ):

@@ -314,6 +314,9 @@ def round_line(progress: Progress) -> str:
         )
     if record.codec_bytes:
         parts.append(_codec_state(record))
+    if record.secagg_uplink_bytes:
+        up, down = record.secagg_uplink_bytes, record.secagg_downlink_bytes
+        parts.append(f"secure aggregation {human_bytes(up)} up, {human_bytes(down)} down")
     if record.failures:
         parts.append(f"{count_of(len(record.failures), 'reply', 'replies')} not used")
     if "total" in record.seconds:

@@ -302,10 +302,14 @@ def _codec_card(card: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _codec_charges(summary: Summary) -> dict[str, str]:
-    """What a learned codec cost beside its packets."""
+    """What a learned codec or secure aggregation cost beside packets."""
     charges = {}
     if summary.codec_bytes:
         charges["codec state"] = f"{human_bytes(summary.codec_bytes)} down"
+    if summary.secagg_uplink_bytes:
+        up = human_bytes(summary.secagg_uplink_bytes)
+        down = human_bytes(summary.secagg_downlink_bytes)
+        charges["secure aggregation"] = f"{up} up, {down} down"
     if summary.tgap_uplink_bytes or summary.tgap_downlink_bytes:
         up, down = human_bytes(summary.tgap_uplink_bytes), human_bytes(summary.tgap_downlink_bytes)
         charges["pre-training"] = f"{up} up, {down} down"

@@ -68,6 +68,10 @@ class Summary:
     notes: list[str] = field(default_factory=list)
     codec_bytes: int = 0
     """State of a learned uplink codec, sent down; in neither direction's traffic above."""
+    secagg_uplink_bytes: int = 0
+    """Keys and shares of secure aggregation, sent up; not in the uplink's traffic."""
+    secagg_downlink_bytes: int = 0
+    """The same, sent down."""
     tgap_uplink_bytes: int = 0
     """What pre-training that codec cost clients' uplinks; in no other number."""
     tgap_downlink_bytes: int = 0
@@ -112,6 +116,8 @@ def summarise(records: Sequence[RoundRecord]) -> Summary:
         product_gap=last.product_gap,
         notes=notes,
         codec_bytes=last.codec_bytes_total,
+        secagg_uplink_bytes=last.secagg_uplink_bytes_total,
+        secagg_downlink_bytes=last.secagg_downlink_bytes_total,
         tgap_uplink_bytes=sum(r.tgap_uplink_bytes for r in records),
         tgap_downlink_bytes=sum(r.tgap_downlink_bytes for r in records),
     )

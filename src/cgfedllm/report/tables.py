@@ -90,6 +90,8 @@ def _bytes_table(summary: Summary, uplink_codec: str, downlink_codec: str) -> Ta
         )
     for name, sent in (
         ("codec state, down", summary.codec_bytes),
+        ("secure aggregation, up", summary.secagg_uplink_bytes),
+        ("secure aggregation, down", summary.secagg_downlink_bytes),
         ("pre-training, up", summary.tgap_uplink_bytes),
         ("pre-training, down", summary.tgap_downlink_bytes),
     ):

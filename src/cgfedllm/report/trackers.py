@@ -71,11 +71,14 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         # curves of their own, and only where there is such a codec
         "bytes/codec": record.codec_bytes if record.codec_bytes_total else None,
         "bytes/codec_total": record.codec_bytes_total or None,
+        "bytes/secagg_uplink_total": record.secagg_uplink_bytes_total or None,
+        "bytes/secagg_downlink_total": record.secagg_downlink_bytes_total or None,
         "bytes/tgap_uplink": record.tgap_uplink_bytes or None,
         "bytes/tgap_downlink": record.tgap_downlink_bytes or None,
         "update/norm": record.update_norm,
         "update/product_gap": record.product_gap,
         "privacy/epsilon": record.epsilon,
+        "privacy/clip": record.clip,
         "clients/usable": len(record.clients),
         "clients/failed": len(record.failures),
     }

@@ -129,8 +129,13 @@ def check_lossless(config: Config) -> None:
     Raises
     ------
     ConfigError
-        If the uplink is lossy.
+        If the uplink is lossy, or the server sees sums of updates only.
     """
+    if config.privacy.secagg.enabled:
+        raise ConfigError(
+            "privacy.secagg keeps single updates from the server, and a recording holds them; "
+            "set privacy.secagg.enabled = false, or record on clients' data that may be seen"
+        )
     if not codec_class(config.uplink.name).lossless:
         lossless = [name for name in codec_names() if codec_class(name).lossless]
         raise ConfigError(
