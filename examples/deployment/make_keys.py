@@ -101,9 +101,7 @@ def node(path: Path) -> None:
     write(path.with_name(path.name + ".pub"), key.public_key().public_bytes(*encoding) + b"\n")
 
 
-def builder(
-    subject: x509.Name, issuer: x509.Name, key: Key, days: int
-) -> x509.CertificateBuilder:
+def builder(subject: x509.Name, issuer: x509.Name, key: Key, days: int) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
