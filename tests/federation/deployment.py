@@ -147,7 +147,7 @@ class Deployment:
     def kill_server_app(self) -> None:
         """As when the process of the run dies and the SuperLink lives on."""
         started = psutil.Process(self._superlink.pid).children(recursive=True)
-        servers = [one for one in started if any("serverapp" in word for word in one.cmdline())]
+        servers = [one for one in started if "flwr-serverapp" in " ".join(one.cmdline())]
         assert servers
         for one in servers:
             one.kill()

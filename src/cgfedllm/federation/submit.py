@@ -49,6 +49,8 @@ def submit(config: Config, superlink: str, *, overwrite: bool = False) -> None:
         extra = ["--federation-config", f"num-supernodes={_clients(config)}"]
     # packages are installed by whoever runs a machine, not by a run
     environment = {**os.environ, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+    # Flower starts its own programs by name
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with tempfile.TemporaryDirectory(prefix="cgfedllm-") as folder:
         app, settings = Path(folder) / "app", Path(folder) / "run.toml"
         app.mkdir()
