@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from cgfedllm.config import Config, load_config
 
-__version__ = "0.1.0"
+__version__ = metadata.version(__name__)
 
 __all__ = [
     "Config",

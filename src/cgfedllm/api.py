@@ -28,6 +28,8 @@ from cgfedllm.storage import remove_leftovers
 from cgfedllm.workspace import Workspace, workspace_for
 
 if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
     from cgfedllm.analyses import AnalysisResult
     from cgfedllm.bench import BenchResult
     from cgfedllm.pretraining import PretrainResult
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from cgfedllm.tgap.index import RecordingKind
     from cgfedllm.tgap.recording import Recording
 
+Engine = Callable[[Config, Path], None]
+"""Runs the federation to its end: configuration and run folder. It alone knows who carries the
+messages."""
 Listener = Callable[[events.Event], None]
 Split = Literal["heldout", "validation", "test"]
 
@@ -152,8 +157,40 @@ def run(
     CgFedLlmError
         A named error for whatever went wrong; everything written before it stays.
     """
-    with RunFolder.create(config, overwrite=overwrite) as folder:
-        return _federate(config, folder, listeners)
+    return _run(config, overwrite, listeners, _in_process)
+
+
+def serve(
+    config: Config, grid: Grid, *, overwrite: bool = False, listeners: Sequence[Listener] = ()
+) -> RunResult:
+    """Run federated fine-tuning over one of Flower's engines, as its ServerApp.
+
+    A run of the same name and configuration that was stopped goes on.
+
+    Parameters
+    ----------
+    config : Config
+        The experiment; its run folder is made here, on the server.
+    grid : Grid
+        What the engine gives a ServerApp.
+    overwrite, listeners
+        As for `run`.
+
+    Raises
+    ------
+    CgFedLlmError
+        As `run`.
+    """
+
+    def engine(config: Config, run_dir: Path) -> None:
+        from cgfedllm.federation.server_app import Server
+
+        Server(grid, workspace_for(config.to_toml(), str(run_dir))).run()
+
+    folder = RunFolder(config.run_dir)
+    if folder.exists() and not overwrite and _goes_on(folder, config):
+        return _resume(folder.path, listeners, engine)
+    return _run(config, overwrite, listeners, engine)
 
 
 def resume(run_dir: Path | str, *, listeners: Sequence[Listener] = ()) -> RunResult:
@@ -164,6 +201,17 @@ def resume(run_dir: Path | str, *, listeners: Sequence[Listener] = ()) -> RunRes
     CheckpointError
         If the folder is not a run, or its checkpoints do not fit its configuration.
     """
+    return _resume(run_dir, listeners, _in_process)
+
+
+def _run(
+    config: Config, overwrite: bool, listeners: Sequence[Listener], engine: Engine
+) -> RunResult:
+    with RunFolder.create(config, overwrite=overwrite) as folder:
+        return _federate(config, folder, listeners, engine)
+
+
+def _resume(run_dir: Path | str, listeners: Sequence[Listener], engine: Engine) -> RunResult:
     folder = RunFolder(run_dir)
     config = folder.config()
     with folder:
@@ -181,7 +229,7 @@ def resume(run_dir: Path | str, *, listeners: Sequence[Listener] = ()) -> RunRes
         for part in (folder.path, *inside):
             remove_leftovers(part)
         folder.note_resume(records[-1].round if records else 0)
-        return _federate(config, folder, [*_recorder_of(folder, config), *listeners])
+        return _federate(config, folder, [*_recorder_of(folder, config), *listeners], engine)
 
 
 def reference(
@@ -755,13 +803,18 @@ def export(run_dir: Path | str, to: Path | str, *, merge: bool = False) -> Path:
     return target
 
 
-def _federate(config: Config, folder: RunFolder, listeners: Sequence[Listener]) -> RunResult:
-    # engines are chosen here and nowhere else; the apps do not know which one runs them
+def _in_process(config: Config, run_dir: Path) -> None:
     from cgfedllm.federation.engine import run_in_process
 
+    run_in_process(config, run_dir)
+
+
+def _federate(
+    config: Config, folder: RunFolder, listeners: Sequence[Listener], engine: Engine
+) -> RunResult:
     with _watched(config, folder, listeners):
         try:
-            run_in_process(config, folder.path)
+            engine(config, folder.path)
             interrupted = False
         except RunInterrupted:
             interrupted = True
@@ -854,6 +907,8 @@ def _recorded(result: RunResult, target: Path) -> RecordingResult:
 
 @contextmanager
 def _watched(config: Config, folder: RunFolder, listeners: Sequence[Listener]) -> Iterator[None]:
+    import flwr.serverapp  # noqa: F401  # sets up its logging when it is first imported
+
     from cgfedllm.report.trackers import trackers
 
     # Flower reports every round on stderr; ours is told through events
@@ -952,6 +1007,14 @@ def check_not_interrupted(result: RunResult) -> None:
     if result.interrupted:
         check_interrupt()
         raise RunInterrupted("stopped; run the same command again to go on")
+
+
+def _goes_on(folder: RunFolder, config: Config) -> bool:
+    """Whether the folder holds the beginning of this very run."""
+    from cgfedllm.federation.checkpoint import config_fingerprint
+
+    same = config_fingerprint(folder.config()) == config_fingerprint(config)
+    return same and not _is_complete(folder, config)
 
 
 def _is_complete(folder: RunFolder, config: Config) -> bool:

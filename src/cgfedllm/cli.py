@@ -186,6 +186,14 @@ def _run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier run of that name first.")
     ] = False,
+    superlink: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run behind this SuperLink of Flower's (`flwr config list`), e.g. on the "
+            "SuperNodes of several organisations; `local` is Flower's simulation on this machine.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -197,6 +205,11 @@ def _run(
     config = _load(config_file, settings, name=name, output=output)
     if dry_run:
         _print_dry_run(config)
+        return
+    if superlink is not None:
+        from cgfedllm.federation.submit import submit
+
+        submit(config, superlink, overwrite=overwrite)
         return
     mode = _mode(quiet, as_json)
 
@@ -932,24 +945,9 @@ def _mode(quiet: bool, as_json: bool) -> Mode:
 
 
 def _watch(call: Callable[[], RunResult], config: Config, mode: Mode) -> None:
-    from cgfedllm import events
-    from cgfedllm.report.console import Outcome, watcher
-    from cgfedllm.runs import RunFolder
+    from cgfedllm.report.console import watch_run
 
-    with watcher(mode) as watch, events.listening(watch):
-        result = call()
-    report = RunFolder(result.run_dir).report_path
-    watch.finish(
-        Outcome(
-            records=result.records,
-            adapter_dir=result.adapter_dir,
-            run_dir=result.run_dir,
-            interrupted=result.interrupted,
-            uplink_codec=config.uplink.name,
-            downlink_codec=config.downlink.name,
-            report=report if report.is_file() else None,
-        )
-    )
+    result = watch_run(call, config, mode)
     if result.interrupted:
         click.echo(
             "interrupted; everything finished is saved. Go on with:\n"

@@ -38,6 +38,7 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 
 EMBEDDED_MODEL = "embedded"
 DEMO_DATA = "demo"
+NODE_DATA = "node"
 WITHOUT_FLUSH: dict[str, Any] = {"uplink.flush": "", "uplink.flush_options": {}}
 """Overrides for a run without the round after the last."""
 MEAN_STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox")
@@ -146,7 +147,8 @@ class DataConfig(Section):
 
     source: str = DEMO_DATA
     """"demo" (docstrings of installed libraries), a file or glob (JSONL, JSON, CSV, Parquet; .gz
-    too), a local data set folder, or a hub id. Relative paths are taken from the config file."""
+    too), a local data set folder, a hub id, or "node": each SuperNode brings rows of its own, which
+    nobody else reads. Relative paths are taken from the config file."""
     name: str | None = None
     """Configuration name of a hub data set or local data set folder."""
     split: str = "train"
@@ -279,6 +281,9 @@ class FederationConfig(Section):
     """Federated rounds."""
     fraction_train: PositiveFraction = 1.0
     """Share of the clients that train in a round."""
+    clients: Positive | None = None
+    """How many clients there are. None: as many as the data says, and where each node brings rows
+    of its own, unknown. Over a network the first round waits a minute for the last of them."""
     min_clients: Positive = 1
     """Fewer usable replies than this and the round is retried, then the run stops."""
     round_retries: NonNegative = 2
@@ -821,7 +826,7 @@ def _resolve_path(tree: dict[str, Any], dotted: str, folder: Path) -> None:
     section, key = dotted.split(".")
     table = tree.get(section)
     value = table.get(key) if isinstance(table, dict) else None
-    if not isinstance(value, str) or value in (EMBEDDED_MODEL, DEMO_DATA):
+    if not isinstance(value, str) or value in (EMBEDDED_MODEL, DEMO_DATA, NODE_DATA):
         return
     try:
         path = Path(value).expanduser()

@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
 import tomllib
@@ -263,6 +264,14 @@ class RunFolder:
         lines = (json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in kept)
         storage.write_atomic(self.metrics_path, "".join(lines))
 
+    @property
+    def key(self) -> str:
+        """What tells this run from others of the same name; empty if it was not noted."""
+        try:
+            return str(storage.read_json(self.environment_path).get("run", ""))
+        except CheckpointError:
+            return ""
+
     def note_resume(self, round: int) -> None:
         """Add to environment.json that the run goes on after `round`, now and here."""
         try:
@@ -388,8 +397,13 @@ class RunFolder:
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Collect what may explain a number later: versions, hardware, seed, command line."""
-    return {**_machine(), "seed": config.seed, "started_at": _now(), "command": _command()}
+    """Collect what may explain a number later: versions, hardware, seed, command line.
+
+    And a random key by which clients elsewhere tell this run from others of the same name.
+    """
+    key = secrets.token_hex(8)
+    about = {"run": key, "seed": config.seed, "started_at": _now(), "command": _command()}
+    return {**_machine(), **about}
 
 
 def _machine() -> dict[str, Any]:

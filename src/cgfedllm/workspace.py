@@ -7,16 +7,17 @@ process has its own.
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecState, make_codec
-from cgfedllm.config import Config, parse_config
-from cgfedllm.data import ClientData, FederatedData, load_federated_data
+from cgfedllm.config import NODE_DATA, Config, parse_config
+from cgfedllm.data import ClientData, FederatedData, load_federated_data, load_own_data
 from cgfedllm.data.encoding import EncodedRows, Example, RowEncoder
-from cgfedllm.errors import DataError
+from cgfedllm.errors import DataError, PrivacyError
 from cgfedllm.lora import initial_adapter
 
 if TYPE_CHECKING:
@@ -24,6 +25,22 @@ if TYPE_CHECKING:
     from cgfedllm.privacy.plan import PrivacyPlan
     from cgfedllm.tgap.codec_file import CodecFile
     from cgfedllm.training.local import LocalTrainer
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """The rows that a node brings itself.
+
+    Parameters
+    ----------
+    source : str
+        File, glob, folder or hub id on that node.
+    name : str
+        The client's name in the federation.
+    """
+
+    source: str
+    name: str
 
 
 class Workspace:
@@ -35,11 +52,14 @@ class Workspace:
         Resolved configuration.
     run_dir : Path
         Run folder; simulated clients keep their memory below it.
+    own : OwnData, optional
+        Where this process is a node that brings its own rows: it is then the one client here.
     """
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, config: Config, run_dir: Path, own: OwnData | None = None) -> None:
         self.config = config
         self.run_dir = run_dir
+        self.own = own
         self._encoded: dict[tuple[str, str], EncodedRows] = {}
 
     @cached_property
@@ -52,8 +72,28 @@ class Workspace:
 
     @cached_property
     def data(self) -> FederatedData:
-        """Every client's rows and the global held-out set."""
-        return load_federated_data(self.config.data, self.config.seed)
+        """Rows of every client that this process may see, and the global held-out set."""
+        data, seed = self.config.data, self.config.seed
+        if self.own is None:
+            return load_federated_data(data, seed)
+        return load_own_data(data, seed, self.own.source, self.own.name)
+
+    @property
+    def n_clients(self) -> int | None:
+        """How many clients the federation has; None where nobody can tell.
+
+        Raises
+        ------
+        DataError
+            If `federation.clients` says otherwise than the data.
+        """
+        said = self.config.federation.clients
+        if self.config.data.source == NODE_DATA:
+            return said
+        found = len(self.data.clients)
+        if said not in (None, found):
+            raise DataError(f"federation.clients is {said}, but the data has {found} clients")
+        return found
 
     @property
     def spec(self) -> AdapterSpec:
@@ -137,13 +177,19 @@ class Workspace:
         Raises
         ------
         PrivacyError
-            If the run would spend more than its budget.
+            If the run would spend more than its budget, or the clients cannot be counted.
         """
         if self.config.privacy.mechanism == "none":
             return None
         from cgfedllm.privacy.plan import plan_privacy
 
-        return plan_privacy(self.config, len(self.data.clients))
+        clients = self.n_clients
+        if clients is None:
+            raise PrivacyError(
+                "differential privacy depends on how many clients there are, which cannot be "
+                "counted where each node brings rows of its own; set federation.clients"
+            )
+        return plan_privacy(self.config, clients)
 
     @cached_property
     def packed(self) -> bool:
@@ -200,9 +246,9 @@ class Workspace:
 
 
 @lru_cache(maxsize=2)
-def workspace_for(config_toml: str, run_dir: str) -> Workspace:
+def workspace_for(config_toml: str, run_dir: str, own: OwnData | None = None) -> Workspace:
     """The workspace of a resolved configuration; one a process."""
-    return Workspace(parse_config(tomllib.loads(config_toml)), Path(run_dir))
+    return Workspace(parse_config(tomllib.loads(config_toml)), Path(run_dir), own)
 
 
 def read_codec_file(config: Config, spec: AdapterSpec) -> CodecFile | None:

@@ -188,8 +188,7 @@ def serve(config: Config, make: Callable[[dict[int, Context]], InProcessGrid]) -
         )
         for partition in range(count)
     }
-    with RunFolder(config.run_dir) as folder:
-        folder.config_path.write_text(config.to_toml())
+    with RunFolder.create(config) as folder:
         Server(make(contexts), workspace).run()
         return folder.records()
 
@@ -295,12 +294,37 @@ def test_a_node_keeps_its_memory_where_it_is_told_to(
         return InProcessGrid(make_client_app(), contexts)
 
     serve(config, make)
-    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
-        "north",
-        "south",
-        "west",
-    ]
+    (run,) = (tmp_path / "state").iterdir()  # of another run of that name there would be another
+    assert sorted(path.name for path in run.iterdir()) == ["north", "south", "west"]
     assert not (config.run_dir / "clients").exists()
+
+
+def test_the_first_round_waits_for_a_latecomer_but_not_for_ever(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data has three clients; the third comes after two minutes, the others at once."""
+    clock = [0.0]
+    monkeypatch.setattr(server_app.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        server_app.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 1)
+    )
+
+    class Latecomer(InProcessGrid):
+        complete = False
+
+        def get_node_ids(self) -> Iterable[int]:
+            ids = list(super().get_node_ids())
+            return ids if clock[0] >= comes else ids[:2]
+
+    for comes, expected in ((30, 3), (120, 2)):
+        clock[0] = 0.0
+        name = f"name=after-{comes}"
+        config = tiny_config("federation.rounds=1", "federation.fraction_train=1", name)
+        heard: list[events.Event] = []
+        with events.listening(heard.append):
+            serve(config, lambda contexts: Latecomer(make_client_app(), contexts))
+        started = next(event for event in heard if isinstance(event, events.RunStarted))
+        assert len(started.clients) == expected
 
 
 def test_a_workspace_serves_clients_that_only_evaluate(tiny_config: MakeConfig) -> None:

@@ -9,6 +9,7 @@ from cgfedllm.data.federated import (
     ClientSizes,
     FederatedData,
     load_federated_data,
+    load_own_data,
 )
 from cgfedllm.data.rows import Row, SourceFile
 from cgfedllm.data.sources import load_sources
@@ -23,5 +24,6 @@ __all__ = [
     "RowEncoder",
     "SourceFile",
     "load_federated_data",
+    "load_own_data",
     "load_sources",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from cgfedllm.config import DEMO_DATA, DataConfig
+from cgfedllm.config import DEMO_DATA, NODE_DATA, DataConfig
 from cgfedllm.data.formats import parse_row
 from cgfedllm.data.partition import partition_rows
 from cgfedllm.data.rows import Row, SourceFile
@@ -75,6 +75,8 @@ class FederatedData:
 def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
     """Read, clean, partition and split the data of a run.
 
+    With the source "node" there are no clients here: each node loads its own (`load_own_data`).
+
     Parameters
     ----------
     config : DataConfig
@@ -90,12 +92,60 @@ def load_federated_data(config: DataConfig, seed: int) -> FederatedData:
         cannot be made, or a client is left without a training row (of D1 or D2, if one of them is
         asked for).
     """
-    if config.heldout_source == DEMO_DATA:
-        raise DataError("data.heldout_source cannot be the demo; leave it out")
+    if config.heldout_source in (DEMO_DATA, NODE_DATA):
+        raise DataError(f"data.heldout_source cannot be {config.heldout_source!r}; leave it out")
     seed = seed if config.seed is None else config.seed
     notes: list[str] = []
+    if config.source == NODE_DATA:
+        heldout, _ = _external_heldout(config, seed, notes)
+        return FederatedData((), heldout or [], tuple(notes))
     rows, files, keys = _usable(load_sources(config), config, notes)
     heldout, reserved = _external_heldout(config, seed, notes)
+    return _divided(rows, files, keys, config, seed, heldout, reserved, notes)
+
+
+def load_own_data(config: DataConfig, seed: int, source: str, name: str) -> FederatedData:
+    """Read, clean and split the rows of one client, as `load_federated_data` would among others.
+
+    Nothing is held out globally: those rows the server never sees, so they may as well train.
+
+    Parameters
+    ----------
+    config : DataConfig
+        The run's, with the source "node".
+    seed : int
+        As for `load_federated_data`.
+    source : str
+        This client's file, glob, folder or hub id.
+    name : str
+        This client's name; made safe as a file name.
+
+    Raises
+    ------
+    DataError
+        As `load_federated_data`.
+    """
+    tree = config.model_dump() | {"source": source, "heldout_source": None}
+    tree["splits"]["heldout"] = 0.0
+    tree["partition"] = {"kind": "files", "min_rows": config.partition.min_rows}
+    own = DataConfig.model_validate(tree)
+    seed = seed if config.seed is None else config.seed
+    notes: list[str] = []
+    rows, _, keys = _usable(load_sources(own), own, notes)
+    return _divided(rows, [name] * len(rows), keys, own, seed, None, None, notes)
+
+
+def _divided(
+    rows: Sequence[Row],
+    files: Sequence[str],
+    keys: Sequence[bytes],
+    config: DataConfig,
+    seed: int,
+    heldout: list[Row] | None,
+    reserved: frozenset[bytes] | None,
+    notes: list[str],
+) -> FederatedData:
+    """Who gets which rows, and what for."""
     partition = partition_rows(rows, files, config, seed)
     if partition.clients_left_out:
         notes.append(

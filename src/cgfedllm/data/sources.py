@@ -75,7 +75,7 @@ def load_sources(
     if not _HUB_ID.fullmatch(source) or data_extension(path) or source.startswith("."):
         raise DataError(
             f"{source} does not exist (looked in {Path.cwd()}); data.source takes a file, a glob, "
-            'a folder, a hub id such as "openai/gsm8k", or "demo"'
+            'a folder, a hub id such as "openai/gsm8k", "demo" or "node"'
         )
     return [
         SourceFile(source, source.rpartition("/")[2], load_hub_rows(source, config.name, split))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -54,6 +53,7 @@ from cgfedllm.federation.messages import (
     NUM_EXAMPLES,
     PREVIOUS,
     REFERENCE_MISSING,
+    RUN,
     SERVER_ROUND,
     SESSION,
     STATUS,
@@ -67,11 +67,12 @@ from cgfedllm.federation.messages import (
     packet_of,
     packet_record,
 )
+from cgfedllm.federation.node import node_data, node_workspace, state_folder
 from cgfedllm.federation.secure_client import ACTIONS, WITHHELD, answer, encode_within, masked
 from cgfedllm.privacy.mechanism import protect_update, withhold
 from cgfedllm.privacy.secagg.member import Member
 from cgfedllm.training.optim import OptimizerState
-from cgfedllm.workspace import Workspace, workspace_for
+from cgfedllm.workspace import Workspace
 
 # where `train` leaves optimiser moments for `compression`, in Flower's scratchpad for mods
 _MOMENTS = "optimizer-moments"
@@ -95,30 +96,21 @@ class ClientSession:
         return Member(self.state.folder, self.data.name)
 
 
-def open_session(context: Context) -> ClientSession:
-    """Find out from a Flower context which client this is.
-
-    The run's configuration comes in ``run_config``, the partition in ``node_config``; a node may
-    set ``state-dir`` to keep its memory elsewhere than below the run folder.
+def open_session(message: Message, context: Context) -> ClientSession:
+    """Find out which client this is and what it remembers of the run.
 
     Raises
     ------
-    DataError
-        If the node was not given a partition.
+    CgFedLlmError
+        As `node_workspace`, `node_data` and `state_folder`.
     """
-    workspace = workspace_for(str(context.run_config["config"]), str(context.run_config["run-dir"]))
-    partition = context.node_config.get("partition-id")
-    if partition is None:
-        raise DataError(
-            "this node has no partition-id; start it with --node-config 'partition-id=0'"
-        )
-    data = workspace.client(int(partition))
-    folder = context.node_config.get("state-dir")
-    root = Path(str(folder)) if folder else workspace.run_dir / "clients"
+    workspace = node_workspace(context)
+    data = node_data(workspace, context)
+    config = message.content.config_records.get(CONFIG, ConfigRecord())
+    folder = state_folder(context, data.name, str(config.get(RUN, "")))
     uplink = codec_class(workspace.config.uplink.name)
     changes = uplink.uses_previous or workspace.downlink.uses_previous
-    state = ClientState(root / data.name, workspace.spec, changes=changes)
-    return ClientSession(workspace, data, state)
+    return ClientSession(workspace, data, ClientState(folder, workspace.spec, changes=changes))
 
 
 def compression(message: Message, context: Context, call_next: ClientFunction) -> Message:
@@ -129,7 +121,7 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     action = message.metadata.message_type.split(".")[0]
     if action not in ("train", "evaluate"):
         return call_next(message, context)
-    session = open_session(context)
+    session = open_session(message, context)
     if message.content.config_records.get(CONFIG, ConfigRecord()).get(FLUSH):
         return Message(_flush(session, message.content), reply_to=message)
     began = time.perf_counter()
@@ -168,7 +160,7 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
 
 def train(message: Message, context: Context) -> Message:
     """Train the received adapter on this client's rows for one round."""
-    session = open_session(context)
+    session = open_session(message, context)
     workspace, name = session.workspace, session.data.name
     config = message.content.config_records[CONFIG]
     round_ = _round(config)
@@ -202,7 +194,7 @@ def train(message: Message, context: Context) -> Message:
 
 def evaluate(message: Message, context: Context) -> Message:
     """Negative log-likelihood of the received adapter on this client's validation rows."""
-    session = open_session(context)
+    session = open_session(message, context)
     workspace = session.workspace
     examples = workspace.examples(session.data, "validation")
     result = evaluate_nll(
@@ -221,20 +213,21 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def hello(message: Message, context: Context) -> Message:
     """Tell the server who this is and what it runs, before any training."""
-    session = open_session(context)
-    rows = session.workspace.encoded(session.data, "train")
+    workspace = node_workspace(context)
+    data = node_data(workspace, context)
+    rows = workspace.encoded(data, "train")
     if not rows.examples:
         raise DataError(
-            f"client {session.data.name!r} has nothing to train on: all its {rows.dropped} rows "
+            f"client {data.name!r} has nothing to train on: all its {rows.dropped} rows "
             "are blank, or cut to data.max_length before the first token of an answer; raise it"
         )
     about = ConfigRecord(
         {
-            "client": session.data.name,
+            "client": data.name,
             "rows": len(rows.examples),
             "rows-cut": rows.truncated,
             "rows-dropped": rows.dropped,
-            "spec": session.workspace.spec.hash.hex(),
+            "spec": workspace.spec.hash.hex(),
             "release": __version__,
         }
     )
@@ -245,7 +238,7 @@ def secure_query(action: str) -> ClientFunction:
     """What answers one of the queries of secure aggregation."""
 
     def respond(message: Message, context: Context) -> Message:
-        session = open_session(context)
+        session = open_session(message, context)
         config = session.workspace.config
         return Message(answer(action, message.content, session.member, config), reply_to=message)
 
@@ -442,6 +435,3 @@ def _arrays(record: ArrayRecord) -> dict[str, Float32Array]:
 
 def _round(config: ConfigRecord) -> int:
     return int(config[SERVER_ROUND])  # type: ignore[arg-type]
-
-
-app = make_client_app()

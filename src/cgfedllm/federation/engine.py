@@ -1,4 +1,4 @@
-"""How the one ServerApp and the one ClientApp are run."""
+"""The engine that is no server and no network: everything in this process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from cgfedllm.config import Config
+from cgfedllm.config import NODE_DATA, Config
+from cgfedllm.errors import ConfigError
 from cgfedllm.federation.client_app import make_client_app
 from cgfedllm.federation.inprocess import InProcessGrid
-from cgfedllm.federation.server_app import make_server_app
+from cgfedllm.federation.server_app import Server
 from cgfedllm.workspace import workspace_for
 
 
@@ -25,9 +26,17 @@ def run_in_process(config: Config, run_dir: Path) -> None:
 
     Raises
     ------
+    ConfigError
+        If nodes are to bring rows of their own: here there are none.
     CgFedLlmError
         As the server raises.
     """
+    if config.data.source == NODE_DATA:
+        raise ConfigError(
+            "data.source = 'node': every node brings rows of its own, and in one process there "
+            "are no nodes. Run it on Flower's SuperLink (`cgfedllm run --superlink NAME`), or name "
+            "the data here, e.g. data.source = 'clinics/*.jsonl' with data.partition.kind = 'files'"
+        )
     run_config: dict[str, bool | float | int | str | bytes] = {
         "config": config.to_toml(),
         "run-dir": str(run_dir),
@@ -48,11 +57,4 @@ def run_in_process(config: Config, run_dir: Path) -> None:
         for partition in range(len(clients))
     }
     grid = InProcessGrid(make_client_app(), contexts)
-    server_context = Context(
-        run_id=1,
-        node_id=1,
-        node_config={},
-        state=RecordDict(),
-        run_config=run_config,  # type: ignore[arg-type]
-    )
-    make_server_app()(grid, server_context)
+    Server(grid, workspace).run()

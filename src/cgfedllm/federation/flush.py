@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from cgfedllm.config import FederationConfig
-from cgfedllm.federation.messages import ARRAYS, CONFIG, FLUSH, SERVER_ROUND, adapter_of
+from cgfedllm.federation.messages import ARRAYS, CONFIG, FLUSH, RUN, SERVER_ROUND, adapter_of
 from cgfedllm.federation.strategy import CompressedStrategy
 
 _OPTIMISERS = ("fedavgm", "fedadam", "fedyogi")
@@ -39,7 +39,7 @@ class FlushStrategy(CompressedStrategy):
     ) -> Iterable[Message]:
         """One short message to each client: a residual is sent without any adapter."""
         self._global = adapter_of(self._spec, arrays)
-        wanted = ConfigRecord({SERVER_ROUND: server_round, FLUSH: True})
+        wanted = ConfigRecord({SERVER_ROUND: server_round, FLUSH: True, RUN: self._run})
         content = RecordDict({ARRAYS: ArrayRecord(), CONFIG: wanted})
         return [Message(content, node, "train") for node in grid.get_node_ids()]
 

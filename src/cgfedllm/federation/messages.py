@@ -23,6 +23,8 @@ PACKET_STYPE = "cgfedllm.packet"
 # one blob of a given size crosses TLS several times faster than the same bytes in pieces,
 # so a packet is one Array with a serialisation type of our own
 KIND, VERSION, CHECK = "broadcast-kind", "broadcast-version", "broadcast-check"
+# which run this is, for clients that keep their memory of several in one place
+RUN = "run"
 # fingerprint of the change that updates may be coded against
 PREVIOUS = "previous"
 # the client is to send its residual and not to train

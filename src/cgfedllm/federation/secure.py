@@ -29,6 +29,7 @@ from cgfedllm.federation.messages import (
     KEYS,
     NAMES,
     PLACES,
+    RUN,
     SEALED,
     SERVER_ROUND,
     SESSION,
@@ -220,7 +221,7 @@ class SecureStrategy(CompressedStrategy):
         """Send some clients the same request; the blobs in usable answers, by client."""
         messages, silent = [], set(names)
         for name in sorted(silent):
-            config = ConfigRecord(request)
+            config = ConfigRecord({**request, RUN: self._run})
             self.tally.secagg_downlink_bytes += secagg_bytes(config)
             content = RecordDict({CONFIG: config})
             messages.append(Message(content, self._nodes[name], f"query.{action}"))

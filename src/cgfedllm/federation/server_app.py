@@ -1,4 +1,4 @@
-"""The one ServerApp: rounds, checkpoints, evaluation, whatever engine carries the messages."""
+"""The server: rounds, checkpoints, evaluation, whatever engine carries the messages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
 
 from cgfedllm import events
 from cgfedllm.codecs import Codec, make_codec
@@ -43,7 +43,10 @@ from cgfedllm.peft_format import save_adapter
 from cgfedllm.privacy.ledger import Ledger
 from cgfedllm.privacy.plan import PrivacyPlan
 from cgfedllm.runs import RunFolder
-from cgfedllm.workspace import Workspace, workspace_for
+from cgfedllm.workspace import Workspace
+
+# with no other client connecting, before the first round begins without the rest
+_LATECOMERS_SECONDS = 60.0
 
 
 class Server:
@@ -160,6 +163,7 @@ class Server:
             min_replies=federation.min_clients,
             client_name=self._directory.name,
             origin=self._workspace.start,
+            run=self._folder.key,
         )
 
     def _private(self) -> tuple[PrivacyPlan, Ledger] | None:
@@ -202,15 +206,21 @@ class Server:
         return checkpoint.round
 
     def _wait_for_clients(self) -> None:
+        """Until all are there, or enough of them and no other came for a while."""
         federation = self._config.federation
-        deadline = time.monotonic() + federation.timeout
+        expected = max(federation.min_clients, self._workspace.n_clients or 0)
+        began = latest = time.monotonic()
+        seen = 0
         while True:
             self._directory.refresh()
-            here = len(self._directory.nodes())
-            if here >= federation.min_clients:
+            here, now = len(self._directory.nodes()), time.monotonic()
+            if here > seen:
+                seen, latest = here, now
+            alone = self._complete or now - latest > _LATECOMERS_SECONDS
+            if here >= (federation.min_clients if alone else expected):
                 return
             check_interrupt()
-            if time.monotonic() > deadline or self._complete:
+            if now - began > federation.timeout or self._complete:
                 raise FederationError(
                     f"{here} clients are there, federation.min_clients is "
                     f"{federation.min_clients}; connect more or lower it"
@@ -492,19 +502,3 @@ def _codec_broadcaster(workspace: Workspace) -> CodecBroadcaster | None:
         derived=config.uplink.state is None,
         stateless=config.federation.stateless,
     )
-
-
-def make_server_app() -> ServerApp:
-    """The ServerApp; configuration and run folder come in the Flower run configuration."""
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        run_dir = str(context.run_config["run-dir"])
-        workspace = workspace_for(str(context.run_config["config"]), run_dir)
-        Server(grid, workspace).run()
-
-    return app
-
-
-app = make_server_app()

@@ -43,6 +43,7 @@ from cgfedllm.federation.messages import (
     NUM_EXAMPLES,
     PREVIOUS,
     REFERENCE_MISSING,
+    RUN,
     VERSION,
     WITHIN_CLIP,
     adapter_of,
@@ -138,6 +139,8 @@ class CompressedStrategy(Strategy):
         From node id to the name used in logs and records.
     origin : AdapterUpdate, optional
         What the run began with, if clients can draw it too.
+    run : str
+        By which clients tell this run from others.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class CompressedStrategy(Strategy):
         min_replies: int = 1,
         client_name: Callable[[int], str] = str,
         origin: AdapterUpdate | None = None,
+        run: str = "",
     ) -> None:
         self.inner = inner
         self.tally = RoundTally()
@@ -169,6 +173,7 @@ class CompressedStrategy(Strategy):
         self._weighting = "uniform" if summed else weighting
         self._min_replies = self._asked = min_replies
         self._name = client_name
+        self._run = run
         self._origin = None if origin is None else origin.vector
         self._global = AdapterUpdate.zeros(spec)
 
@@ -211,6 +216,7 @@ class CompressedStrategy(Strategy):
         sent[client] = sent.get(client, 0) + len(broadcast.blob)
         self.tally.broadcasts += bool(broadcast.blob)
         config = ConfigRecord(dict(message.content.config_records[CONFIG]))
+        config[RUN] = self._run
         config[KIND] = broadcast.kind
         config[VERSION] = broadcast.version
         if broadcast.check is not None:

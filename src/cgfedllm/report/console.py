@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from rich.bar import Bar
 from rich.console import Console, Group, RenderableType
@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cgfedllm import events
 from cgfedllm.events import (
     EvaluationProgress,
     Event,
@@ -40,6 +41,11 @@ from cgfedllm.report.progress import Progress
 from cgfedllm.report.summary import summarise
 from cgfedllm.report.tables import print_final
 from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
+from cgfedllm.runs import RunFolder
+
+if TYPE_CHECKING:
+    from cgfedllm.api import RunResult
+    from cgfedllm.config import Config
 
 Mode = Literal["auto", "rich", "plain", "quiet", "json"]
 _SIGN_OF_LIFE_SECONDS = 15.0
@@ -101,6 +107,25 @@ def watcher(mode: Mode = "auto", *, stdout: IO[str] | None = None) -> Watcher:
     if mode == "plain":
         return PlainWatcher(stream)
     return RichWatcher(Console(file=stream, highlight=False))
+
+
+def watch_run(call: Callable[[], RunResult], config: Config, mode: Mode = "auto") -> RunResult:
+    """Do what runs an experiment, show it meanwhile, and say how it ended."""
+    with watcher(mode) as watch, events.listening(watch):
+        result = call()
+    report = RunFolder(result.run_dir).report_path
+    watch.finish(
+        Outcome(
+            records=result.records,
+            adapter_dir=result.adapter_dir,
+            run_dir=result.run_dir,
+            interrupted=result.interrupted,
+            uplink_codec=config.uplink.name,
+            downlink_codec=config.downlink.name,
+            report=report if report.is_file() else None,
+        )
+    )
+    return result
 
 
 class QuietWatcher(Watcher):

@@ -1,0 +1,210 @@
+"""A SuperLink and SuperNodes on loopback, with TLS and authenticated nodes, as processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import psutil
+import tomli_w
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "deployment"
+BIN = Path(sys.executable).parent
+_START_SECONDS = 180.0  # importing torch on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def until(what: Callable[[], bool], wanted: str, seconds: float = _START_SECONDS) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{wanted} did not come within {seconds:g} s")
+        time.sleep(0.2)
+
+
+def make_keys(folder: Path, *nodes: str) -> None:
+    named = [argument for node in nodes for argument in ("--node", node)]
+    subprocess.run(
+        [sys.executable, str(EXAMPLE / "make_keys.py"), str(folder), *named],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+class Process:
+    """A program with its log; it and what it started end with the block."""
+
+    def __init__(self, *command: str, folder: Path, log: str, environment: dict[str, str]) -> None:
+        self.log_path = folder / log
+        program = str(BIN / command[0])
+        with self.log_path.open("wb") as out:
+            self._process = subprocess.Popen(
+                [program, *command[1:]],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self, seconds: float = _START_SECONDS) -> int:
+        return self._process.wait(seconds)
+
+    def kill(self) -> None:
+        """As when the power fails: it and its children, at once."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self._process.wait()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+
+class Deployment:
+    """A SuperLink that is up, and what it takes to connect to it.
+
+    Parameters
+    ----------
+    folder : Path
+        For keys, logs, Flower's own home and the nodes' memory.
+    nodes : tuple of str
+        Whose keys the SuperLink is told.
+    """
+
+    def __init__(self, folder: Path, nodes: tuple[str, ...]) -> None:
+        self.folder = folder
+        self.keys = folder / "keys"
+        self.address = f"127.0.0.1:{free_port()}"
+        self.environment = {
+            **os.environ,
+            # Flower starts its own programs by name
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(folder / "flower"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "XDG_STATE_HOME": str(folder / "state"),
+            "PYTHONPATH": str(ROOT / "src"),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._nodes = nodes
+
+    @cached_property
+    def _trust(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.keys / "ca.crt"))
+
+    def superlink(self) -> Process:
+        host, port = self.address.split(":")
+        process = self.process(
+            "flower-superlink",
+            *("--host", host, "--port", port),
+            *("--ssl-ca-certfile", str(self.keys / "ca.crt")),
+            *("--ssl-certfile", str(self.keys / "server.crt")),
+            *("--ssl-keyfile", str(self.keys / "server.key")),
+            "--enable-supernode-auth",
+            log="superlink.log",
+        )
+        self._superlink = process
+        until(self._healthy, "the SuperLink")
+        return process
+
+    def kill_server_app(self) -> None:
+        """As when the process of the run dies and the SuperLink lives on."""
+        started = psutil.Process(self._superlink.pid).children(recursive=True)
+        servers = [one for one in started if "flwr-serverapp" in " ".join(one.cmdline())]
+        assert servers
+        for one in servers:
+            one.kill()
+
+    def supernode(self, key: str | None, *extra: str, name: str, data: Path) -> Process:
+        own = () if key is None else ("--auth-supernode-private-key", key)
+        return self.process(
+            "flower-supernode",
+            *("--superlink", self.address),
+            *("--port", str(free_port())),
+            *("--node-config", f'data="{data}" name="{name}"'),
+            *own,
+            *(extra or ("--root-certificates", str(self.keys / "ca.crt"))),
+            log=f"{name}.log",
+        )
+
+    def node(self, name: str, data: Path) -> Process:
+        """A SuperNode as it should be."""
+        return self.supernode(str(self.keys / "nodes" / name), name=name, data=data)
+
+    def submit(self, config: Path) -> Process:
+        """Start a run as a user does."""
+        return self.process("cgfedllm", "run", str(config), "--superlink", "tls", log="run.log")
+
+    def process(self, *command: str, log: str) -> Process:
+        return Process(*command, folder=self.folder, log=log, environment=self.environment)
+
+    def prepare(self) -> None:
+        """Keys, and a connection called `tls`."""
+        make_keys(self.keys, *self._nodes)
+        home = Path(self.environment["FLWR_HOME"])
+        home.mkdir()
+        connection = {"address": self.address, "root-certificates": str(self.keys / "ca.crt")}
+        settings = {"superlink": {"default": "tls", "tls": connection}}
+        (home / "config.toml").write_text(tomli_w.dumps(settings))
+
+    def register(self) -> None:
+        """Tell the SuperLink whom to let in."""
+        for node in self._nodes:
+            public = str(self.keys / "nodes" / f"{node}.pub")
+            with self.process(
+                "flwr", "supernode", "register", public, "tls", log="register.log"
+            ) as done:
+                assert done.wait() == 0, done.log
+
+    def _healthy(self) -> bool:
+        try:
+            return httpx.get(f"https://{self.address}/health", verify=self._trust).is_success
+        except httpx.HTTPError:
+            return False
+
+
+@contextmanager
+def deployed(folder: Path, *nodes: str) -> Iterator[Deployment]:
+    """A SuperLink that knows these nodes."""
+    deployment = Deployment(folder, nodes)
+    deployment.prepare()
+    with deployment.superlink():
+        deployment.register()
+        yield deployment
