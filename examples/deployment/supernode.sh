@@ -7,7 +7,8 @@
 #   PORT       on this machine, for the node's own processes; on 127.0.0.1, one for each node
 set -eu
 KEYS=${KEYS:-keys}
-STATE=${STATE:-state}
+STATE=${STATE:-$PWD/state}
+case $2 in /*) ROWS=$2 ;; *) ROWS=$PWD/$2 ;; esac
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 
 exec flower-supernode \
@@ -15,4 +16,4 @@ exec flower-supernode \
   --root-certificates "$KEYS/ca.crt" \
   --auth-supernode-private-key "$KEYS/nodes/$1" \
   --port "${4:-9094}" \
-  --node-config "name=\"$1\" data=\"$2\" state-dir=\"$STATE\""
+  --node-config "name=\"$1\" data=\"$ROWS\" state-dir=\"$STATE\""

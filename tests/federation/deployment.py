@@ -54,7 +54,7 @@ class Process:
 
     def __init__(self, *command: str, folder: Path, log: str, environment: dict[str, str]) -> None:
         self.log_path = folder / log
-        program = str(BIN / command[0])
+        program = str(BIN / command[0]) if (BIN / command[0]).exists() else command[0]
         with self.log_path.open("wb") as out:
             self._process = subprocess.Popen(
                 [program, *command[1:]],
