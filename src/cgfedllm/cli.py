@@ -194,6 +194,14 @@ def _run(
             "SuperNodes of several organisations; `local` is Flower's simulation on this machine.",
         ),
     ] = None,
+    federation_config: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY=VALUE...",
+            help="For a simulation, as `flwr run` takes it, e.g. "
+            '"num-supernodes=100 client-resources-num-gpus=0.25".',
+        ),
+    ] = "",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -209,7 +217,7 @@ def _run(
     if superlink is not None:
         from cgfedllm.federation.submit import submit
 
-        submit(config, superlink, overwrite=overwrite)
+        submit(config, superlink, overwrite=overwrite, federation_config=federation_config)
         return
     mode = _mode(quiet, as_json)
 

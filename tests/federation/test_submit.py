@@ -62,6 +62,15 @@ def test_a_simulation_has_a_node_for_each_client(
     assert f'output = "{tmp_path}/here"' in flower["run_config"]["config"]
 
 
+def test_a_simulation_can_be_told_what_a_client_takes(
+    tiny_config: MakeConfig, flower: dict[str, Any]
+) -> None:
+    submit(tiny_config(), "local", federation_config="client-resources-num-cpus=1")
+    assert flower["command"][-1] == "num-supernodes=3 client-resources-num-cpus=1"
+    submit(tiny_config(), "cluster", federation_config="num-supernodes=2")
+    assert flower["command"][-1] == "num-supernodes=2"
+
+
 def test_nodes_with_rows_of_their_own_cannot_be_simulated(
     tiny_config: MakeConfig, flower: dict[str, Any]
 ) -> None:

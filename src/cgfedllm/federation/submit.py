@@ -26,7 +26,9 @@ LOCAL = "local"
 """Flower's name for a simulation on this machine, behind a SuperLink that it starts itself."""
 
 
-def submit(config: Config, superlink: str, *, overwrite: bool = False) -> None:
+def submit(
+    config: Config, superlink: str, *, overwrite: bool = False, federation_config: str = ""
+) -> None:
     """Start a run behind a SuperLink and show its log until it ends.
 
     Parameters
@@ -37,16 +39,21 @@ def submit(config: Config, superlink: str, *, overwrite: bool = False) -> None:
         Name of a connection in Flower's configuration (`flwr config list`).
     overwrite : bool
         Remove an earlier run of the same name on the server first.
+    federation_config : str
+        For a simulation, as `flwr run --federation-config` takes it, e.g.
+        "num-supernodes=100 client-resources-num-gpus=0.25". `local` simulates every client there
+        is unless told otherwise.
 
     Raises
     ------
     FederationError
         If Flower refuses, or the run fails.
     """
-    extra: list[str] = []
     if superlink == LOCAL:  # its SuperLink was started wherever it was first needed
         config = config.with_overrides({"output": str(Path(config.output).absolute())})
-        extra = ["--federation-config", f"num-supernodes={_clients(config)}"]
+        if "num-supernodes" not in federation_config:
+            federation_config = f"num-supernodes={_clients(config)} {federation_config}".strip()
+    extra = ["--federation-config", federation_config] if federation_config else []
     # packages are installed by whoever runs a machine, not by a run
     environment = {**os.environ, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
     # Flower starts its own programs by name
