@@ -141,14 +141,20 @@ class Server:
             min_replies=federation.min_clients,
             client_name=self._directory.name,
             origin=self._workspace.start,
+            screening=None if self._central else federation.screening,
         )
 
     def _private(self) -> tuple[PrivacyPlan, Ledger] | None:
         """What the server needs to add noise, if it is the server that does."""
         plan = self._workspace.privacy
-        if plan is None or plan.mechanism != "central":
+        if plan is None or not self._central:
             return None
         return plan, plan.ledger(self._folder.path, "server")
+
+    @property
+    def _central(self) -> bool:
+        """Whether it is the server that adds noise."""
+        return self._config.privacy.mechanism == "central"
 
     def _restore(self) -> int:
         """Go on from the last checkpoint; returns the rounds done, -1 for a fresh run."""
@@ -328,10 +334,8 @@ class Server:
         self._evaluate(record)
         seconds["evaluate"] = time.perf_counter() - evaluating
         record.failures = [FailureRecord(client, reason) for client, reason in tally.failures]
-        for failure in record.failures:
-            text = f"round {record.round}: {failure.client} is left out: {failure.reason}"
-            events.publish(events.Notice(text, "warning"))
         self._count(record, tally)
+        self._warn(record)
         if self._workspace.privacy is not None:
             record.epsilon = self._workspace.privacy.spent(record.round)
         record.seconds = time_split(record, tally, seconds, time.perf_counter() - began)
@@ -356,6 +360,19 @@ class Server:
         self._folder.append(record)
         self._record = record
         events.publish(events.RoundFinished(record))
+
+    def _warn(self, record: RoundRecord) -> None:
+        """Tell of what was not used, and of what was used and is odd."""
+        counted = {client.client for client in record.clients}
+        for failure in record.failures:
+            # not its first reply, or of an attempt before, or to the evaluation
+            out = "" if failure.client in counted else " is left out"
+            told = f"round {record.round}: {failure.client}{out}: {failure.reason}"
+            events.publish(events.Notice(told, "warning"))
+        for client in record.clients:
+            if client.suspicion:
+                told = f"round {record.round}: {client.client}'s update is odd, and was used: "
+                events.publish(events.Notice(told + client.suspicion, "warning"))
 
     def _evaluate(self, record: RoundRecord) -> None:
         evaluation = self._config.evaluation

@@ -26,6 +26,7 @@ from flwr.serverapp.strategy import Strategy
 from cgfedllm import events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecContext, CodecState, Start
+from cgfedllm.config import ScreeningConfig
 from cgfedllm.errors import CgFedLlmError, PacketError
 from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
 from cgfedllm.federation.downlink import Broadcaster, fingerprint
@@ -53,6 +54,7 @@ from cgfedllm.federation.messages import (
     packet_record,
 )
 from cgfedllm.federation.product import ProductGap
+from cgfedllm.federation.screening import Screen, Screened, Sketch
 from cgfedllm.federation.strategies import averages_first, rebase
 from cgfedllm.seeding import derive_seed
 
@@ -66,6 +68,17 @@ class Received:
     packet_bytes: int
     decode_seconds: float
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One usable reply, opened."""
+
+    reply: Message
+    received: Received
+    update: AdapterUpdate
+    adapter: AdapterUpdate
+    """What the client made of the global one."""
 
 
 @dataclass
@@ -86,6 +99,8 @@ class RoundTally:
         Packets sent.
     codec_bytes : dict of int
         Bytes of codec state sent to each client, in all attempts; not part of `downlink_bytes`.
+    screened : dict of Screened
+        What screening found about the updates of the last attempt, those left out included.
     product_gap : float or None
         See `RoundRecord`.
     """
@@ -97,11 +112,12 @@ class RoundTally:
     downlink_bytes: dict[str, int] = field(default_factory=dict)
     broadcasts: int = 0
     codec_bytes: dict[str, int] = field(default_factory=dict)
+    screened: dict[str, Screened] = field(default_factory=dict)
     product_gap: float | None = None
 
     def next_attempt(self) -> RoundTally:
         """For another attempt at the round: what was sent stays sent."""
-        return replace(self, received=[], product_gap=None)
+        return replace(self, received=[], screened={}, product_gap=None)
 
 
 class CompressedStrategy(Strategy):
@@ -133,6 +149,8 @@ class CompressedStrategy(Strategy):
         From node id to the name used in logs and records.
     origin : AdapterUpdate, optional
         What the run began with, if clients can draw it too.
+    screening : ScreeningConfig, optional
+        What is odd about an update, and whether it is left out then. None: nothing is screened.
     """
 
     def __init__(
@@ -149,6 +167,7 @@ class CompressedStrategy(Strategy):
         min_replies: int = 1,
         client_name: Callable[[int], str] = str,
         origin: AdapterUpdate | None = None,
+        screening: ScreeningConfig | None = None,
     ) -> None:
         self.inner = inner
         self.tally = RoundTally()
@@ -166,6 +185,9 @@ class CompressedStrategy(Strategy):
         self._name = client_name
         self._origin = None if origin is None else origin.vector
         self._global = AdapterUpdate.zeros(spec)
+        screens = screening is not None and screening.mode != "off"
+        self._screening = screening if screens else None
+        self._sketch = Sketch(spec.size, seed) if screens else None
 
     def summary(self) -> None:
         """Log the inner strategy's summary."""
@@ -235,18 +257,21 @@ class CompressedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode replies as they come and let the inner strategy aggregate them.
 
-        A reply that is an error, or cannot be decoded, costs only its own share; it is noted in
-        `tally.failures`.
+        A reply that is an error, cannot be decoded, or is screened out, costs only its own share;
+        it is noted in `tally.failures`.
         """
         gap, mean = ProductGap(self._spec), _Mean(self._spec)
         inputs: list[Message] = []
-        for reply, adapter, weight in self._decoded(server_round, replies):
-            gap.add(adapter, weight)
-            mean.add(adapter, weight)
+        for one in self._screened(server_round, replies):
+            self._accept(server_round, one)
+            weight = one.received.weight
+            gap.add(one.adapter, weight)
+            mean.add(one.adapter, weight)
             if averages_first(self.inner):  # one reply stands for all, whatever their number
-                inputs = [reply]
+                inputs = [one.reply]
             else:
-                inputs.append(_plain(reply, adapter, weight))
+                inputs.append(_plain(one.reply, one.adapter, weight))
+            del one  # weighs as much as two adapters, and the next is decoded now
         # where each client is drawn on its own, a round may ask fewer than that, or nobody
         if len(self.tally.received) < min(self._min_replies, self._asked):
             return None, None
@@ -263,41 +288,85 @@ class CompressedStrategy(Strategy):
         """Hand evaluation replies to the inner strategy."""
         return self.inner.aggregate_evaluate(server_round, replies)
 
-    def _decoded(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> Iterator[tuple[Message, AdapterUpdate, float]]:
-        """Usable replies with their adapter and weight, as they come."""
+    def _screened(self, server_round: int, replies: Iterable[Message]) -> Iterator[_Decoded]:
+        """Usable replies as they come; where odd ones are left out, once all are in."""
+        context = self._context(server_round)
+        decoded = self._decoded(replies, context)
+        if self._screening is None or self._sketch is None:
+            yield from decoded
+            return
+        screen = Screen(self._screening, self._sketch)
+        # What is odd shows when all are there. Packets wait for that, which are small, and not
+        # updates: those that stay are decoded once more.
+        waiting: list[Message] = []
+        for one in decoded:
+            screen.add(one.received.client, one.update)
+            if self._screening.mode == "reject":
+                waiting.append(one.reply)
+            else:
+                yield one
+            del one
+        self.tally.screened = screen.results()
+        for reply in waiting:
+            client = self._name(reply.metadata.src_node_id)
+            found = self.tally.screened.get(client)
+            if found is not None and found.suspicion:
+                self.tally.failures.append((client, f"screened out: {found.suspicion}"))
+            else:
+                yield self._open(reply, context)
+
+    def _decoded(self, replies: Iterable[Message], context: CodecContext) -> Iterator[_Decoded]:
+        """Usable replies as they come."""
+        for reply in replies:
+            try:
+                if reply.has_error():
+                    raise CgFedLlmError(reply.error.reason or f"error code {reply.error.code}")
+                self.tally.uplink_bytes += len(self._packet(reply))
+                self.tally.uplinks += 1
+                one = self._open(reply, context)
+            except CgFedLlmError as error:
+                client = self._name(reply.metadata.src_node_id)
+                self.tally.failures.append((client, str(error)))
+                continue
+            yield one
+            del one
+
+    def _open(self, reply: Message, context: CodecContext) -> _Decoded:
+        began = time.perf_counter()
+        packet = self._packet(reply)
+        update = self._uplink.decode(packet, context)
+        with np.errstate(over="ignore"):
+            adapter = self._global + update
+        if not adapter.is_finite():
+            raise PacketError("the update takes the adapter out of the range of float32")
+        metrics = numbers_of(reply.content)
+        examples = _examples(metrics)
+        weight = examples if self._weighting == "examples" else 1.0
+        client = self._name(reply.metadata.src_node_id)
+        seconds = time.perf_counter() - began
+        received = Received(client, weight, len(packet), seconds, metrics)
+        return _Decoded(reply, received, update, adapter)
+
+    def _packet(self, reply: Message) -> bytes:
+        return packet_of(reply.content, limit=packet_limit(self._spec))
+
+    def _context(self, server_round: int) -> CodecContext:
+        """What both ends know."""
         previous = self._previous()
         known = None if previous is None else previous.vector
         state = CodecState() if self._codec_states is None else self._codec_states.state
         # what clients hold, which a downlink that loses something keeps apart from the global one
         start = Start(self._broadcaster.reference.vector, self._origin)
-        context = CodecContext(self._spec, server_round, self._seed, state, known, start)
-        limit = packet_limit(self._spec)
-        for reply in replies:
-            client = self._name(reply.metadata.src_node_id)
-            try:
-                if reply.has_error():
-                    raise CgFedLlmError(reply.error.reason or f"error code {reply.error.code}")
-                began = time.perf_counter()
-                blob = packet_of(reply.content, limit=limit)
-                self.tally.uplink_bytes += len(blob)
-                self.tally.uplinks += 1
-                update = self._uplink.decode(blob, context)
-                adapter = self._global + update
-                metrics = numbers_of(reply.content)
-                examples = _examples(metrics)
-                weight = examples if self._weighting == "examples" else 1.0
-            except CgFedLlmError as error:
-                self.tally.failures.append((client, str(error)))
-                continue
-            seconds = time.perf_counter() - began
-            self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
-            events.publish(events.UpdateReceived(client, server_round, update, weight, metrics))
-            if self.sample is not None:
-                self.sample.add(client, update)
-            del update  # it weighs as much as an adapter, and aggregation needs only that
-            yield reply, adapter, weight
+        return CodecContext(self._spec, server_round, self._seed, state, known, start)
+
+    def _accept(self, server_round: int, one: _Decoded) -> None:
+        """Write down and tell that a reply counts."""
+        received = one.received
+        self.tally.received.append(received)
+        client, weight, metrics = received.client, received.weight, received.metrics
+        events.publish(events.UpdateReceived(client, server_round, one.update, weight, metrics))
+        if self.sample is not None:
+            self.sample.add(client, one.update)
 
     def _previous(self) -> AdapterUpdate | None:
         """What updates may be coded against."""
