@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -158,21 +158,6 @@ class Slow(InProcessGrid):
         return super().pull_messages(arrived)
 
 
-class Clock:
-    """Time passes only while the server waits, so no machine is too slow for these tests."""
-
-    perf_counter = staticmethod(time.perf_counter)
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def serve(config: Config, make: Callable[[dict[int, Context]], InProcessGrid]) -> list[RoundRecord]:
     """Run the server on nodes of the test's making; partitions in reverse order of node ids."""
     run_config = {"config": config.to_toml(), "run-dir": str(config.run_dir)}
@@ -195,9 +180,9 @@ def serve(config: Config, make: Callable[[dict[int, Context]], InProcessGrid]) -
 
 
 def test_a_client_that_does_not_answer_in_time_is_left_out(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_config: MakeConfig, faults: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "time", Clock())
+    monkeypatch.setattr(nodes, "time", faults.Clock())
     names = {50 - 7 * partition: name for partition, name in enumerate(("north", "south", "west"))}
 
     def lost(message: Message) -> bool:
@@ -235,9 +220,9 @@ def test_in_one_process_no_client_is_late(tiny_config: MakeConfig) -> None:
 
 
 def test_too_few_nodes_stop_the_server_after_the_timeout(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_config: MakeConfig, faults: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_app, "time", Clock())
+    monkeypatch.setattr(server_app, "time", faults.Clock())
     config = tiny_config("federation.min_clients=4", "federation.timeout=30")
     with pytest.raises(FederationError, match=r"3 clients are there.*min_clients is 4"):
         serve(config, lambda contexts: Slow(contexts, lambda message: False))

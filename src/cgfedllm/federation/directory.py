@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -15,6 +15,7 @@ from cgfedllm.federation.messages import CONFIG
 from cgfedllm.interrupt import check_interrupt
 
 POLL_SECONDS = 0.5
+STRAY = "a reply that nobody waits for (a second one, or one that came too late) is not used"
 
 
 class Directory:
@@ -36,7 +37,7 @@ class Directory:
         present = set(self._grid.get_node_ids())
         new = sorted(present - self._names.keys() - self._refused.keys())
         messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, "query") for node in new]
-        for reply in receive(self._grid, messages, self._timeout):
+        for reply in receive(self._grid, messages, self._timeout, self._stray):
             node = reply.metadata.src_node_id
             try:
                 name = self._accept(reply, present)
@@ -73,6 +74,10 @@ class Directory:
         """Why nodes were left out, each reason once; nothing if none was."""
         reasons = dict.fromkeys(self._refused.values())
         return f". {len(self._refused)} were left out: {'; '.join(reasons)}" if reasons else ""
+
+    def _stray(self, reply: Message) -> None:
+        name = self.name(reply.metadata.src_node_id)
+        events.publish(events.Notice(f"{name}: {STRAY}", "warning"))
 
     def _accept(self, reply: Message, present: set[int]) -> str:
         if reply.has_error():
@@ -132,21 +137,46 @@ class NamedGrid(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
-def receive(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-    """Send messages and yield replies as they come, until all are in or time is up.
+def receive(
+    grid: Grid, messages: Iterable[Message], timeout: float, stray: Callable[[Message], None]
+) -> Iterator[Message]:
+    """Send messages and yield the reply to each as it comes, until all are in or time is up.
+
+    Parameters
+    ----------
+    grid : Grid
+        Carries them.
+    messages : iterable of Message
+        What is sent.
+    timeout : float
+        Seconds to wait for replies.
+    stray : callable
+        Gets what comes in besides: second replies, and replies to messages of earlier rounds.
 
     Raises
     ------
     RunInterrupted
         Between two replies, if a stop was requested.
     """
-    pending = dict.fromkeys(grid.push_messages(messages))
+    messages = list(messages)
+    ids = grid.push_messages(messages)
+    # Flower gives no id to what it could not store (the node is gone), and none at all to a batch
+    # that is too large: no reply to wait for
+    pending = {id: message for id, message in zip(ids, messages, strict=False) if id}
     deadline = time.monotonic() + timeout
     while pending and time.monotonic() < deadline:
         check_interrupt()
         replies = list(grid.pull_messages(list(pending)))
         for reply in replies:
-            pending.pop(reply.metadata.reply_to_message_id, None)
+            message = pending.get(reply.metadata.reply_to_message_id)
+            asked = None if message is None else message.metadata.dst_node_id
+            if message is not None and reply.has_error() and asked != reply.metadata.src_node_id:
+                # Flower's own word that a reply cannot be had; it comes in the server's name
+                reply = Message(reply.error, reply_to=message)
+            if message is None or asked != reply.metadata.src_node_id:
+                stray(reply)
+                continue
+            del pending[reply.metadata.reply_to_message_id]
             yield reply
         if not replies:
             time.sleep(POLL_SECONDS)

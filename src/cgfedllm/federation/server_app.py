@@ -19,7 +19,7 @@ from cgfedllm.federation.accounting import Stopwatch, client_record, time_split
 from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from cgfedllm.federation.codec_card import card_after_run
 from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
-from cgfedllm.federation.directory import POLL_SECONDS, Directory, NamedGrid, receive
+from cgfedllm.federation.directory import POLL_SECONDS, STRAY, Directory, NamedGrid, receive
 from cgfedllm.federation.downlink import Broadcaster
 from cgfedllm.federation.flush import FlushStrategy, flush_config
 from cgfedllm.federation.messages import (
@@ -300,21 +300,26 @@ class Server:
         """Replies as they come; a client that lost what it held is sent it whole, once."""
         by_node = {message.metadata.dst_node_id: message for message in messages}
         again: list[Message] = []
-        for reply in receive(self._grid, messages, self._timeout):
+        for reply in receive(self._grid, messages, self._timeout, self._stray):
             node = reply.metadata.src_node_id
             status = status_of(reply.content) if reply.has_content() else set()
             if status & {REFERENCE_MISSING, CODEC_MISSING}:
                 again.append(self._strategy.resend(by_node[node], status))
                 continue
             by_node.pop(node, None)
-            if NO_RESIDUAL not in status:  # having nothing to flush is no failure
+            flushing = isinstance(self._strategy, FlushStrategy)
+            if not (flushing and NO_RESIDUAL in status):  # having nothing to flush is no failure
                 yield reply
-        for reply in receive(self._grid, again, self._timeout):
+        for reply in receive(self._grid, again, self._timeout, self._stray):
             by_node.pop(reply.metadata.src_node_id, None)
             yield reply
         for node in by_node:
             reason = f"no reply within {self._timeout:g} s"
             self._strategy.tally.failures.append((self._directory.name(node), reason))
+
+    def _stray(self, reply: Message) -> None:
+        name = self._directory.name(reply.metadata.src_node_id)
+        self._strategy.tally.failures.append((name, STRAY))
 
     def _tell_privacy(self, plan: PrivacyPlan) -> None:
         events.publish(events.Notice(plan.describe(self._workspace.spec.size)))
