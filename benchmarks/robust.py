@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,10 @@ def run(config: Config, kind: str) -> tuple[list[RoundRecord], list[str]]:
     mods = [attack(kind, liars)] if liars else []
     # the embedded engine makes the clients; these lie
     engine.make_client_app = lambda: make_client_app(*mods)
-    return list(cgfedllm.run(config).records), liars
+    result = cgfedllm.run(config)
+    if result.interrupted:
+        sys.exit("stopped; rows that were finished are kept")
+    return list(result.records), liars
 
 
 def client_names(config: Config) -> list[str]:

@@ -77,8 +77,6 @@ class _Decoded:
     reply: Message
     received: Received
     update: AdapterUpdate
-    adapter: AdapterUpdate
-    """What the client made of the global one."""
 
 
 @dataclass
@@ -264,14 +262,14 @@ class CompressedStrategy(Strategy):
         inputs: list[Message] = []
         for one in self._screened(server_round, replies):
             self._accept(server_round, one)
-            weight = one.received.weight
-            gap.add(one.adapter, weight)
-            mean.add(one.adapter, weight)
+            reply, adapter, weight = one.reply, self._global + one.update, one.received.weight
+            del one  # its update weighs as much as an adapter, and the next is decoded soon
+            gap.add(adapter, weight)
+            mean.add(adapter, weight)
             if averages_first(self.inner):  # one reply stands for all, whatever their number
-                inputs = [one.reply]
+                inputs = [reply]
             else:
-                inputs.append(_plain(one.reply, one.adapter, weight))
-            del one  # weighs as much as two adapters, and the next is decoded now
+                inputs.append(_plain(reply, adapter, weight))
         # where each client is drawn on its own, a round may ask fewer than that, or nobody
         if len(self.tally.received) < min(self._min_replies, self._asked):
             return None, None
@@ -335,17 +333,13 @@ class CompressedStrategy(Strategy):
         began = time.perf_counter()
         packet = self._packet(reply)
         update = self._uplink.decode(packet, context)
-        with np.errstate(over="ignore"):
-            adapter = self._global + update
-        if not adapter.is_finite():
-            raise PacketError("the update takes the adapter out of the range of float32")
         metrics = numbers_of(reply.content)
         examples = _examples(metrics)
         weight = examples if self._weighting == "examples" else 1.0
         client = self._name(reply.metadata.src_node_id)
         seconds = time.perf_counter() - began
         received = Received(client, weight, len(packet), seconds, metrics)
-        return _Decoded(reply, received, update, adapter)
+        return _Decoded(reply, received, update)
 
     def _packet(self, reply: Message) -> bytes:
         return packet_of(reply.content, limit=packet_limit(self._spec))
