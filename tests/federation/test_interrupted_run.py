@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -235,6 +236,21 @@ def test_a_full_disk_stops_the_run_and_harms_nothing(
     assert not list(config.run_dir.rglob(".*.tmp"))
     resumed = cgfedllm.resume(config.run_dir)
     assert outcome(resumed.run_dir) == unbroken
+
+
+def test_a_disk_full_when_the_codec_is_left_is_no_loss(
+    tiny_config: MakeConfig, learned: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (f"uplink.name={learned.MEAN}", "uplink.adapt_every=1", "federation.rounds=2")
+    config = tiny_config(*settings)
+    with full_disk(monkeypatch, "codec.safetensors", "write") as hit:
+        with pytest.raises(StorageError, match=r"codec\.safetensors: No space left"):
+            cgfedllm.run(config)
+        assert hit
+    folder = RunFolder(config.run_dir)
+    assert not folder.codec_path.exists()
+    assert len(cgfedllm.resume(config.run_dir).records) == 3
+    assert folder.codec_path.exists()
 
 
 def test_a_disk_full_at_the_very_start_leaves_no_run_behind(

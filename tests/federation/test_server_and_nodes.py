@@ -129,6 +129,33 @@ def test_nodes_that_run_something_else_are_left_out_with_a_word(
     assert reason in notices[0]
 
 
+def test_a_node_that_does_not_answer_the_greeting_is_waited_for_once(
+    faults: ModuleType, notices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = faults.Clock()
+    monkeypatch.setattr(nodes, "time", clock)
+    known, grid = directory({2: about("a"), 3: about("b")})
+    answers = grid.pull_messages
+    silent = {3}
+
+    def pull(message_ids: Iterable[str]) -> Iterable[Message]:
+        to = {i: grid._pending[i].metadata.dst_node_id for i in message_ids if i in grid._pending}
+        return answers([i for i, node in to.items() if node not in silent])
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    known.refresh()
+    known.refresh()
+    assert known.names() == ("a",)
+    assert clock.now == 5.0
+    assert notices == ["node 3 is left out: no reply to the greeting within 5 s"]
+    silent.clear()
+    away = grid.answers.pop(3)
+    known.refresh()
+    grid.answers[3] = away
+    known.refresh()
+    assert known.names() == ("a", "b")
+
+
 def test_a_client_that_comes_back_under_another_node_id_takes_its_place() -> None:
     known, grid = directory({2: about("a"), 3: about("b")})
     known.refresh()

@@ -35,19 +35,24 @@ class Directory:
     def refresh(self) -> None:
         """Greet nodes not met before; those that run something else are left out, with a word."""
         present = set(self._grid.get_node_ids())
+        # who was away and is back may be another now, under the id it had
+        self._refused = {node: why for node, why in self._refused.items() if node in present}
         new = sorted(present - self._names.keys() - self._refused.keys())
         messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, "query") for node in new]
+        silent = dict.fromkeys(new)
         for reply in receive(self._grid, messages, self._timeout, self._stray):
             node = reply.metadata.src_node_id
+            del silent[node]
             try:
                 name = self._accept(reply, present)
             except CgFedLlmError as error:
-                self._refused[node] = str(error)
-                events.publish(events.Notice(f"node {node} is left out: {error}", "warning"))
+                self._refuse(node, str(error))
                 continue
             # a client that was started again has a new id; the old one is gone
             self._names = {n: known for n, known in self._names.items() if known != name}
             self._names[node] = name
+        for node in silent:  # waited for once, not at the beginning of every round
+            self._refuse(node, f"no reply to the greeting within {self._timeout:g} s")
 
     def name(self, node: int) -> str:
         """Name of the client on a node."""
@@ -74,6 +79,10 @@ class Directory:
         """Why nodes were left out, each reason once; nothing if none was."""
         reasons = dict.fromkeys(self._refused.values())
         return f". {len(self._refused)} were left out: {'; '.join(reasons)}" if reasons else ""
+
+    def _refuse(self, node: int, reason: str) -> None:
+        self._refused[node] = reason
+        events.publish(events.Notice(f"node {node} is left out: {reason}", "warning"))
 
     def _stray(self, reply: Message) -> None:
         name = self.name(reply.metadata.src_node_id)
