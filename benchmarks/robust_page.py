@@ -38,7 +38,9 @@ def _losses(results: dict[str, Any]) -> str:
     rows = {(row["attack"], row["defence"]): row["heldout_nll"] for row in results["results"]}
     clean = _last(rows["none", "fedavg"])
     asked = [name for name in results["defences"] if any(name == of for _, of in rows)]
-    lines = []
+    # how much there is to lose
+    start = {0: rows["none", "fedavg"]["0"]}
+    lines = [["before any training", _cell(start, clean), *[""] * (len(asked) - 1)]]
     for attack, words in ATTACKS.items():
         cells = [_cell(rows.get((attack, name)), clean) for name in asked]
         if any(cells):
@@ -46,14 +48,14 @@ def _losses(results: dict[str, Any]) -> str:
     return table_of(asked, lines, first="two of nine send")
 
 
-def _cell(curve: dict[str, float] | None, clean: float) -> str:
+def _cell(curve: dict[Any, float] | None, clean: float) -> str:
     if curve is None:
         return ""
     loss = _last(curve)
     return f"{loss:.3f} ({100 * (loss / clean - 1):+.1f} %)"
 
 
-def _last(curve: dict[str, float]) -> float:
+def _last(curve: dict[Any, float]) -> float:
     return curve[max(curve, key=int)]
 
 
