@@ -274,6 +274,19 @@ class StrategyConfig(Section):
     """krum: number of clients assumed to be malicious."""
 
 
+class ScreeningConfig(Section):
+    """What is noticed about single updates once they are decoded (docs/robustness.md)."""
+
+    mode: Literal["off", "log", "reject"] = "log"
+    """log: norms and cosines go into the metrics, and odd ones are reported. reject: odd ones are
+    left out of the round. Nothing is screened under central differential privacy, which must not
+    tell anything of single updates, nor where fewer than 4 replied."""
+    max_norm_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    """An update is odd if its norm is more than this many times the round's median norm."""
+    min_cosine: Annotated[float, Field(ge=-1, le=1)] = -0.1
+    """An update is odd if its cosine to the median of the others' directions is below this."""
+
+
 class FederationConfig(Section):
     """Rounds, sampling, aggregation, and how the federation is run."""
 
@@ -292,6 +305,8 @@ class FederationConfig(Section):
     """Weight of a client in the average."""
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     """Flower's aggregation strategy."""
+    screening: ScreeningConfig = Field(default_factory=ScreeningConfig)
+    """What is noticed about single updates."""
     server_lr: PositiveFloat = 1.0
     """W_{t+1} = W_t + server_lr * (what the strategy proposes - W_t)."""
     aggregation: Literal["factors", "sum", "product"] = "factors"
@@ -645,6 +660,12 @@ class Config(Section):
                         "privacy.mechanism = 'central' releases one noised mean of equal weights "
                         f"and nothing else of the updates; set {key} = {needed!r}, not {found!r}"
                     )
+            if federation.screening.mode == "reject":
+                raise ValueError(
+                    "federation.screening.mode = 'reject' leaves clients out by what they sent, "
+                    "which the budget of privacy.mechanism = 'central' does not cover; set it to "
+                    "'off'"
+                )
         return self
 
     @model_validator(mode="after")

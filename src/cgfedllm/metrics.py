@@ -28,6 +28,12 @@ class ClientRecord:
     """Server-side decoding of this client's packet plus client-side decoding of the broadcast."""
     codec_bytes: int = 0
     """Of the uplink codec's state, sent down; not part of `downlink_bytes`."""
+    norm_ratio: float | None = None
+    """Norm of the decoded update over the round's median; None: not screened."""
+    cosine: float | None = None
+    """Of the decoded update to the median of the others' directions; None: not screened."""
+    suspicion: str = ""
+    """What screening found odd about an update that was used all the same."""
 
 
 @dataclass

@@ -214,7 +214,7 @@ def test_a_source_of_blank_rows_is_named(tmp_path):
 
 
 def test_the_demo_cannot_be_the_heldout_source():
-    with pytest.raises(DataError, match="heldout_source cannot be the demo"):
+    with pytest.raises(DataError, match="heldout_source cannot be 'demo'"):
         load_federated_data(DataConfig(heldout_source="demo", partition={"min_rows": 1}), 0)
 
 

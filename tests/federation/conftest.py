@@ -37,18 +37,28 @@ def spec() -> AdapterSpec:
     )
 
 
+def beside(module: str) -> ModuleType:
+    """A module beside this one that holds no tests."""
+    found = importlib.util.spec_from_file_location(module, Path(__file__).with_name(f"{module}.py"))
+    assert found is not None
+    assert found.loader is not None
+    loaded = importlib.util.module_from_spec(found)
+    found.loader.exec_module(loaded)
+    return loaded
+
+
 @contextmanager
 def registering(monkeypatch: pytest.MonkeyPatch, module: str) -> Iterator[ModuleType]:
     """Codecs of a module beside this one, registered for one test."""
     with monkeypatch.context() as patch:
         patch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-        path = Path(__file__).with_name(f"{module}.py")
-        found = importlib.util.spec_from_file_location(module, path)
-        assert found is not None
-        assert found.loader is not None
-        loaded = importlib.util.module_from_spec(found)
-        found.loader.exec_module(loaded)
-        yield loaded
+        yield beside(module)
+
+
+@pytest.fixture(scope="session")
+def faults() -> ModuleType:
+    """The module of clients and networks that fail as planned."""
+    return beside("faults")
 
 
 @pytest.fixture

@@ -178,14 +178,18 @@ def every(ticks: int) -> Callable[[], Listener]:
 POINTS: dict[str, Callable[[], Listener]] = {
     "evaluation before the first round": at_event(events.EvaluationProgress, 0, 2),
     "first checkpoint half written": in_the_middle_of_writing("round-000000"),
+    "round 1 done, its checkpoint and its line there": at_event(events.RoundFinished, 1, 1),
+    "round 2 begun, nothing sent": at_event(events.RoundStarted, 2, 1),
     "client 2 in the middle of its training": at_event(events.StepFinished, 2, 3),
     "client 2's memory half written": in_the_middle_of_writing("memory-000002"),
     "client 2's memory saved, not replied": after_memory_saved(2, 2),
+    "two replies of three decoded": at_event(events.UpdateReceived, 2, 2),
     "all replied, held-out set evaluated": at_event(
         events.EvaluationProgress, 2, 1, what="held-out"
     ),
     "reference half written": in_the_middle_of_writing("reference-000002"),
     "clients evaluated": at_event(events.EvaluationProgress, 2, 1, what="west"),
+    "aggregated and evaluated, no checkpoint": at_event(events.RoundAggregated, 2, 1),
     "checkpoint half written": in_the_middle_of_writing("round-000002"),
     "checkpoint written, not yet in its place": at_rename("round-000002.safetensors"),
     "checkpoint there, its line not": before_metrics_line(2),
@@ -195,6 +199,7 @@ POINTS: dict[str, Callable[[], Listener]] = {
     "adapter's weights there, its config not": at_rename("adapter_config.json"),
     "adapter there, process not yet ended": at_rename("adapter_config.json", after=True),
 }
+LAST_ROUND = "checkpoint there, half of its line"
 EACH_IN_TURN = "killed at each point in turn"
 DAMAGED = "newest checkpoint damaged after a kill in round 3"
 AGAIN_AND_AGAIN = "killed again and again"
@@ -275,7 +280,9 @@ def scenario(name: str, config: Config) -> dict[str, Any]:
             content[len(content) // 2] ^= 1
             newest.write_bytes(content)
         case _ if name in (IN_THE_FLUSH, AROUND_THE_CODEC):
-            rounds = {name: POINTS[name] for name in list(POINTS)[:12]}
+            names = list(POINTS)
+            # the flush comes before all that ends a run
+            rounds = {name: POINTS[name] for name in names[: names.index(LAST_ROUND)]}
             points = rounds | FLUSH_POINTS if name == IN_THE_FLUSH else CODEC_POINTS
             for point, arm in points.items():
                 assert killed(work, arm), f"never came to: {point}"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -177,8 +178,10 @@ def test_the_command_line_says_how_to_go_on(tiny_config: MakeConfig, tmp_path: P
 
 
 @contextmanager
-def full_disk(monkeypatch: pytest.MonkeyPatch, name: str, call: str) -> Iterator[list[Path]]:
-    """``os.write`` or ``os.fsync`` fails for files whose name holds `name`."""
+def full_disk(
+    monkeypatch: pytest.MonkeyPatch, name: str, call: str, *, below: str = ""
+) -> Iterator[list[Path]]:
+    """``os.write`` or ``os.fsync`` fails for files whose name holds `name` (in a folder)."""
     hit: list[Path] = []
     paths: dict[int, Path] = {}
     opened, original = os.open, getattr(os, call)
@@ -190,7 +193,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str, call: str) -> Iterator
 
     def failing(descriptor: int, *args: Any) -> Any:
         path = paths.get(descriptor)
-        if path is not None and name in path.name:
+        if path is not None and name in path.name and (not below or path.parent.name == below):
             hit.append(path)
             if call == "write":  # a part fits before the disk is full
                 original(descriptor, bytes(args[0])[:10])
@@ -235,6 +238,21 @@ def test_a_full_disk_stops_the_run_and_harms_nothing(
     assert outcome(resumed.run_dir) == unbroken
 
 
+def test_a_disk_full_when_the_codec_is_left_is_no_loss(
+    tiny_config: MakeConfig, learned: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (f"uplink.name={learned.MEAN}", "uplink.adapt_every=1", "federation.rounds=2")
+    config = tiny_config(*settings)
+    with full_disk(monkeypatch, "codec.safetensors", "write") as hit:
+        with pytest.raises(StorageError, match=r"codec\.safetensors: No space left"):
+            cgfedllm.run(config)
+        assert hit
+    folder = RunFolder(config.run_dir)
+    assert not folder.codec_path.exists()
+    assert len(cgfedllm.resume(config.run_dir).records) == 3
+    assert folder.codec_path.exists()
+
+
 def test_a_disk_full_at_the_very_start_leaves_no_run_behind(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +261,40 @@ def test_a_disk_full_at_the_very_start_leaves_no_run_behind(
         cgfedllm.run(config)
     assert not RunFolder(config.run_dir).exists()
     assert len(cgfedllm.run(config).records) == 2
+
+
+@pytest.mark.parametrize("file", ["memory-", "reference-"])
+def test_a_client_whose_disk_is_full_sits_out_until_it_has_room(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """What it held is untouched: it goes on from there as soon as it can write again."""
+    config = tiny_config(*LOSSY, "evaluation.clients=false")
+    told: list[str] = []
+    full: list[Any] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundStarted) and event.round == 2:
+            full.append(full_disk(monkeypatch, file, "write", below="south"))
+            full[0].__enter__()
+        if isinstance(event, events.RoundFinished) and event.record.round == 2:
+            full[0].__exit__(None, None, None)
+        if isinstance(event, events.Notice) and event.level == "warning":
+            told.append(event.text)
+
+    records = cgfedllm.run(config, listeners=[listen]).records
+    assert [[c.client for c in record.clients] for record in records[1:]] == [
+        ["north", "south", "west"],
+        ["north", "west"],
+        ["north", "south", "west"],
+    ]
+    (failure,) = records[2].failures
+    assert failure.client == "south"
+    assert "No space left" in failure.reason
+    assert "free some space" in failure.reason
+    assert told == [f"round 2: south is left out: {failure.reason}"]
+    held = sorted(path.name for path in (config.run_dir / "clients" / "south").iterdir())
+    assert f"{file}000001.safetensors" in held or f"{file}000000.safetensors" in held
+    assert not [name for name in held if name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize("file", ["memory-", "reference-"])

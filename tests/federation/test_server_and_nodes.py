@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from cgfedllm import __version__, events
@@ -129,6 +129,72 @@ def test_nodes_that_run_something_else_are_left_out_with_a_word(
     assert reason in notices[0]
 
 
+def test_a_node_that_does_not_answer_the_greeting_is_waited_for_once(
+    faults: ModuleType, notices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = faults.Clock()
+    monkeypatch.setattr(nodes, "time", clock)
+    known, grid = directory({2: about("a"), 3: about("b")})
+    answers = grid.pull_messages
+    silent = {3}
+
+    def pull(message_ids: Iterable[str]) -> Iterable[Message]:
+        to = {i: grid._pending[i].metadata.dst_node_id for i in message_ids if i in grid._pending}
+        return answers([i for i, node in to.items() if node not in silent])
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    known.refresh()
+    known.refresh()
+    assert known.names() == ("a",)
+    assert clock.now == 5.0
+    assert notices == ["node 3 is left out: no reply to the greeting within 5 s"]
+    silent.clear()
+    away = grid.answers.pop(3)
+    known.refresh()
+    grid.answers[3] = away
+    known.refresh()
+    assert known.names() == ("a", "b")
+
+
+def test_a_node_that_is_away_for_a_moment_is_greeted_again(
+    faults: ModuleType, notices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SuperNode that was killed and started again; Flower answers in its stead meanwhile."""
+    clock = faults.Clock()
+    monkeypatch.setattr(nodes, "time", clock)
+    known, grid = directory({2: about("a"), 3: about("b")})
+    answers, gone = grid.pull_messages, {3}
+
+    def pull(message_ids: Iterable[str]) -> Iterable[Message]:
+        for reply in answers(message_ids):
+            node = reply.metadata.src_node_id
+            if node in gone:
+                away = Error(5, "Node Unavailable")
+                reply = Message(away, reply_to=sent[reply.metadata.reply_to_message_id])
+                reply.metadata.__dict__["_src_node_id"] = 1  # in the SuperLink's own name
+            yield reply
+
+    push, sent = grid.push_messages, {}
+
+    def note(messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(push(messages))
+        sent.update(zip(ids, messages, strict=True))
+        return ids
+
+    monkeypatch.setattr(grid, "push_messages", note)
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    for _ in range(3):
+        known.refresh()
+    assert known.names() == ("a",)
+    assert grid.greeted == [2, 3]  # not at every turn
+    gone.clear()
+    clock.now += 31
+    known.refresh()
+    assert known.names() == ("a", "b")
+    assert notices == ["node 3 is not there and will be greeted again: Node Unavailable"]
+
+
 def test_a_client_that_comes_back_under_another_node_id_takes_its_place() -> None:
     known, grid = directory({2: about("a"), 3: about("b")})
     known.refresh()
@@ -158,21 +224,6 @@ class Slow(InProcessGrid):
         return super().pull_messages(arrived)
 
 
-class Clock:
-    """Time passes only while the server waits, so no machine is too slow for these tests."""
-
-    perf_counter = staticmethod(time.perf_counter)
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def serve(config: Config, make: Callable[[dict[int, Context]], InProcessGrid]) -> list[RoundRecord]:
     """Run the server on nodes of the test's making; partitions in reverse order of node ids."""
     run_config = {"config": config.to_toml(), "run-dir": str(config.run_dir)}
@@ -194,9 +245,9 @@ def serve(config: Config, make: Callable[[dict[int, Context]], InProcessGrid]) -
 
 
 def test_a_client_that_does_not_answer_in_time_is_left_out(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_config: MakeConfig, faults: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "time", Clock())
+    monkeypatch.setattr(nodes, "time", faults.Clock())
     names = {50 - 7 * partition: name for partition, name in enumerate(("north", "south", "west"))}
 
     def lost(message: Message) -> bool:
@@ -234,9 +285,9 @@ def test_in_one_process_no_client_is_late(tiny_config: MakeConfig) -> None:
 
 
 def test_too_few_nodes_stop_the_server_after_the_timeout(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_config: MakeConfig, faults: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_app, "time", Clock())
+    monkeypatch.setattr(server_app, "time", faults.Clock())
     config = tiny_config("federation.min_clients=4", "federation.timeout=30")
     with pytest.raises(FederationError, match=r"3 clients are there.*min_clients is 4"):
         serve(config, lambda contexts: Slow(contexts, lambda message: False))

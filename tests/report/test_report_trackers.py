@@ -50,6 +50,7 @@ def test_scalars_hold_what_matters(records: list[RoundRecord]) -> None:
     assert values["loss/train"] == pytest.approx(2.7)
     assert values["seconds/train"] == 15.0
     assert values["clients/failed"] == 1.0
+    assert values["clients/odd"] == 0.0
 
 
 def test_what_a_codec_that_learns_costs_has_curves_of_its_own(

@@ -32,6 +32,7 @@ class Stopwatch:
 def client_record(received: Received, tally: RoundTally) -> ClientRecord:
     """One client's row, from what it reported and what was counted."""
     metrics = received.metrics
+    screened = tally.screened.get(received.client)
     return ClientRecord(
         client=received.client,
         examples=int(metrics["num-examples"]),
@@ -45,6 +46,9 @@ def client_record(received: Received, tally: RoundTally) -> ClientRecord:
         train_seconds=metrics.get("train-seconds", 0.0),
         encode_seconds=metrics.get("encode-seconds", 0.0),
         decode_seconds=received.decode_seconds + metrics.get("decode-seconds", 0.0),
+        norm_ratio=None if screened is None else screened.norm_ratio,
+        cosine=None if screened is None else screened.cosine,
+        suspicion="" if screened is None else screened.suspicion,
     )
 
 

@@ -80,6 +80,7 @@ _MOMENTS = "optimizer-moments"
 _DIRECTIONS = "directions"
 
 ClientFunction = Callable[[Message, Context], Message]
+ClientMod = Callable[[Message, Context, ClientFunction], Message]
 
 
 @dataclass
@@ -245,10 +246,16 @@ def secure_query(action: str) -> ClientFunction:
     return respond
 
 
-def make_client_app() -> ClientApp:
-    """The ClientApp, with compression outermost."""
+def make_client_app(*mods: ClientMod) -> ClientApp:
+    """The ClientApp, with compression outermost.
+
+    Parameters
+    ----------
+    *mods : Flower mods
+        Around training, inside compression: what they make of the trained adapter is coded.
+    """
     app = ClientApp()
-    app.train(mods=[compression])(train)
+    app.train(mods=[compression, *mods])(train)
     app.evaluate(mods=[compression])(evaluate)
     app.query()(hello)
     for action in ACTIONS:

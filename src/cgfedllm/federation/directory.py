@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -15,6 +15,10 @@ from cgfedllm.federation.messages import CONFIG
 from cgfedllm.interrupt import check_interrupt
 
 POLL_SECONDS = 0.5
+# of flwr.common.constant.ErrorCode: what Flower answers for a node that is not there
+_AWAY_CODES = (3, 4, 5)
+_GREET_AGAIN_SECONDS = 30.0
+STRAY = "a reply that nobody waits for (a second one, or one that came too late) is not used"
 
 
 class Directory:
@@ -29,24 +33,37 @@ class Directory:
         self._timeout = timeout
         self._names: dict[int, str] = {}
         self._refused: dict[int, str] = {}
+        # Flower lists a node for a while after it has gone; when each of them was last greeted
+        self._away: dict[int, float] = {}
         self._rows: dict[str, Counter[str]] = {}
 
     def refresh(self) -> None:
         """Greet nodes not met before; those that run something else are left out, with a word."""
         present = set(self._grid.get_node_ids())
-        new = sorted(present - self._names.keys() - self._refused.keys())
+        # who was away and is back may be another now, under the id it had
+        self._refused = {node: why for node, why in self._refused.items() if node in present}
+        recently = time.monotonic() - _GREET_AGAIN_SECONDS
+        away = {node for node, greeted in self._away.items() if greeted > recently}
+        new = sorted(present - self._names.keys() - self._refused.keys() - away)
         messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, "query") for node in new]
-        for reply in receive(self._grid, messages, self._timeout):
+        silent = dict.fromkeys(new)
+        for reply in receive(self._grid, messages, self._timeout, self._stray):
             node = reply.metadata.src_node_id
+            del silent[node]
+            if reply.has_error() and reply.error.code in _AWAY_CODES:
+                self._note_away(node, reply.error.reason or "no reason given")
+                continue
+            self._away.pop(node, None)
             try:
                 name = self._accept(reply, present)
             except CgFedLlmError as error:
-                self._refused[node] = str(error)
-                events.publish(events.Notice(f"node {node} is left out: {error}", "warning"))
+                self._refuse(node, str(error))
                 continue
             # a client that was started again has a new id; the old one is gone
             self._names = {n: known for n, known in self._names.items() if known != name}
             self._names[node] = name
+        for node in silent:  # waited for once, not at the beginning of every round
+            self._refuse(node, f"no reply to the greeting within {self._timeout:g} s")
 
     def name(self, node: int) -> str:
         """Name of the client on a node."""
@@ -73,6 +90,20 @@ class Directory:
         """Why nodes were left out, each reason once; nothing if none was."""
         reasons = dict.fromkeys(self._refused.values())
         return f". {len(self._refused)} were left out: {'; '.join(reasons)}" if reasons else ""
+
+    def _note_away(self, node: int, reason: str) -> None:
+        if node not in self._away:
+            text = f"node {node} is not there and will be greeted again: {reason}"
+            events.publish(events.Notice(text, "warning"))
+        self._away[node] = time.monotonic()
+
+    def _refuse(self, node: int, reason: str) -> None:
+        self._refused[node] = reason
+        events.publish(events.Notice(f"node {node} is left out: {reason}", "warning"))
+
+    def _stray(self, reply: Message) -> None:
+        name = self.name(reply.metadata.src_node_id)
+        events.publish(events.Notice(f"{name}: {STRAY}", "warning"))
 
     def _accept(self, reply: Message, present: set[int]) -> str:
         if reply.has_error():
@@ -132,21 +163,46 @@ class NamedGrid(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
-def receive(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-    """Send messages and yield replies as they come, until all are in or time is up.
+def receive(
+    grid: Grid, messages: Iterable[Message], timeout: float, stray: Callable[[Message], None]
+) -> Iterator[Message]:
+    """Send messages and yield the reply to each as it comes, until all are in or time is up.
+
+    Parameters
+    ----------
+    grid : Grid
+        Carries them.
+    messages : iterable of Message
+        What is sent.
+    timeout : float
+        Seconds to wait for replies.
+    stray : callable
+        Gets what comes in besides: second replies, and replies to messages of earlier rounds.
 
     Raises
     ------
     RunInterrupted
         Between two replies, if a stop was requested.
     """
-    pending = dict.fromkeys(grid.push_messages(messages))
+    messages = list(messages)
+    ids = grid.push_messages(messages)
+    # Flower gives no id to what it could not store (the node is gone), and none at all to a batch
+    # that is too large: no reply to wait for
+    pending = {id: message for id, message in zip(ids, messages, strict=False) if id}
     deadline = time.monotonic() + timeout
     while pending and time.monotonic() < deadline:
         check_interrupt()
         replies = list(grid.pull_messages(list(pending)))
         for reply in replies:
-            pending.pop(reply.metadata.reply_to_message_id, None)
+            message = pending.get(reply.metadata.reply_to_message_id)
+            asked = None if message is None else message.metadata.dst_node_id
+            if message is not None and reply.has_error() and asked != reply.metadata.src_node_id:
+                # Flower's own word that a reply cannot be had; it comes in the server's name
+                reply = Message(reply.error, reply_to=message)
+            if message is None or asked != reply.metadata.src_node_id:
+                stray(reply)
+                continue
+            del pending[reply.metadata.reply_to_message_id]
             yield reply
         if not replies:
             time.sleep(POLL_SECONDS)

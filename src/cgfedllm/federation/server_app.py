@@ -20,7 +20,7 @@ from cgfedllm.federation.accounting import Stopwatch, client_record, time_split
 from cgfedllm.federation.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from cgfedllm.federation.codec_card import card_after_run
 from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
-from cgfedllm.federation.directory import POLL_SECONDS, Directory, NamedGrid, receive
+from cgfedllm.federation.directory import POLL_SECONDS, STRAY, Directory, NamedGrid, receive
 from cgfedllm.federation.downlink import Broadcaster
 from cgfedllm.federation.flush import FlushStrategy, flush_config
 from cgfedllm.federation.messages import (
@@ -136,7 +136,7 @@ class Server:
             return CompressedStrategy
         return partial(
             SecureStrategy,
-            exchange=lambda messages: receive(self._grid, messages, self._timeout),
+            exchange=lambda messages: receive(self._grid, messages, self._timeout, self._stray),
             threshold=partial(threshold, self._config),
             folder=self._folder.path,
         )
@@ -164,14 +164,20 @@ class Server:
             client_name=self._directory.name,
             origin=self._workspace.start,
             run=self._folder.key,
+            screening=None if self._central else federation.screening,
         )
 
     def _private(self) -> tuple[PrivacyPlan, Ledger] | None:
         """What the server needs to add noise, if it is the server that does."""
         plan = self._workspace.privacy
-        if plan is None or plan.mechanism != "central":
+        if plan is None or not self._central:
             return None
         return plan, plan.ledger(self._folder.path, "server")
+
+    @property
+    def _central(self) -> bool:
+        """Whether it is the server that adds noise."""
+        return self._config.privacy.mechanism == "central"
 
     def _restore(self) -> int:
         """Go on from the last checkpoint; returns the rounds done, -1 for a fresh run."""
@@ -324,21 +330,26 @@ class Server:
         """Replies as they come; a client that lost what it held is sent it whole, once."""
         by_node = {message.metadata.dst_node_id: message for message in messages}
         again: list[Message] = []
-        for reply in receive(self._grid, messages, self._timeout):
+        for reply in receive(self._grid, messages, self._timeout, self._stray):
             node = reply.metadata.src_node_id
             status = status_of(reply.content) if reply.has_content() else set()
             if status & {REFERENCE_MISSING, CODEC_MISSING}:
                 again.append(self._strategy.resend(by_node[node], status))
                 continue
             by_node.pop(node, None)
-            if NO_RESIDUAL not in status:  # having nothing to flush is no failure
+            flushing = isinstance(self._strategy, FlushStrategy)
+            if not (flushing and NO_RESIDUAL in status):  # having nothing to flush is no failure
                 yield reply
-        for reply in receive(self._grid, again, self._timeout):
+        for reply in receive(self._grid, again, self._timeout, self._stray):
             by_node.pop(reply.metadata.src_node_id, None)
             yield reply
         for node in by_node:
             reason = f"no reply within {self._timeout:g} s"
             self._strategy.tally.failures.append((self._directory.name(node), reason))
+
+    def _stray(self, reply: Message) -> None:
+        name = self._directory.name(reply.metadata.src_node_id)
+        self._strategy.tally.failures.append((name, STRAY))
 
     def _tell_privacy(self, plan: PrivacyPlan) -> None:
         events.publish(events.Notice(plan.describe(self._workspace.spec.size)))
@@ -380,10 +391,8 @@ class Server:
         self._evaluate(record)
         seconds["evaluate"] = time.perf_counter() - evaluating
         record.failures = [FailureRecord(client, reason) for client, reason in tally.failures]
-        for failure in record.failures:
-            text = f"round {record.round}: {failure.client} is left out: {failure.reason}"
-            events.publish(events.Notice(text, "warning"))
         self._count(record, tally)
+        self._warn(record)
         if self._workspace.privacy is not None:
             record.epsilon = self._workspace.privacy.spent(record.round)
         record.seconds = time_split(record, tally, seconds, time.perf_counter() - began)
@@ -408,6 +417,19 @@ class Server:
         self._folder.append(record)
         self._record = record
         events.publish(events.RoundFinished(record))
+
+    def _warn(self, record: RoundRecord) -> None:
+        """Tell of what was not used, and of what was used and is odd."""
+        counted = {client.client for client in record.clients}
+        for failure in record.failures:
+            # not its first reply, or of an attempt before, or to the evaluation
+            out = "" if failure.client in counted else " is left out"
+            told = f"round {record.round}: {failure.client}{out}: {failure.reason}"
+            events.publish(events.Notice(told, "warning"))
+        for client in record.clients:
+            if client.suspicion:
+                told = f"round {record.round}: {client.client}'s update is odd, and was used: "
+                events.publish(events.Notice(told + client.suspicion, "warning"))
 
     def _evaluate(self, record: RoundRecord) -> None:
         evaluation = self._config.evaluation

@@ -26,6 +26,7 @@ from flwr.serverapp.strategy import Strategy
 from cgfedllm import events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecContext, CodecState, Start
+from cgfedllm.config import ScreeningConfig
 from cgfedllm.errors import CgFedLlmError, PacketError
 from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
 from cgfedllm.federation.downlink import Broadcaster, fingerprint
@@ -55,6 +56,7 @@ from cgfedllm.federation.messages import (
     packet_record,
 )
 from cgfedllm.federation.product import ProductGap
+from cgfedllm.federation.screening import Screen, Screened, Sketch
 from cgfedllm.federation.strategies import averages_first, rebase
 from cgfedllm.seeding import derive_seed
 
@@ -68,6 +70,15 @@ class Received:
     packet_bytes: int
     decode_seconds: float
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One usable reply, opened."""
+
+    reply: Message
+    received: Received
+    update: AdapterUpdate
 
 
 @dataclass
@@ -90,6 +101,8 @@ class RoundTally:
         Bytes of codec state sent to each client, in all attempts; not part of `downlink_bytes`.
     secagg_uplink_bytes, secagg_downlink_bytes : int
         Keys and shares of secure aggregation, in all attempts.
+    screened : dict of Screened
+        What screening found about the updates of the last attempt, those left out included.
     product_gap : float or None
         See `RoundRecord`.
     """
@@ -103,11 +116,12 @@ class RoundTally:
     codec_bytes: dict[str, int] = field(default_factory=dict)
     secagg_uplink_bytes: int = 0
     secagg_downlink_bytes: int = 0
+    screened: dict[str, Screened] = field(default_factory=dict)
     product_gap: float | None = None
 
     def next_attempt(self) -> RoundTally:
         """For another attempt at the round: what was sent stays sent."""
-        return replace(self, received=[], product_gap=None)
+        return replace(self, received=[], screened={}, product_gap=None)
 
 
 class CompressedStrategy(Strategy):
@@ -141,6 +155,8 @@ class CompressedStrategy(Strategy):
         What the run began with, if clients can draw it too.
     run : str
         By which clients tell this run from others.
+    screening : ScreeningConfig, optional
+        What is odd about an update, and whether it is left out then. None: nothing is screened.
     """
 
     def __init__(
@@ -158,6 +174,7 @@ class CompressedStrategy(Strategy):
         client_name: Callable[[int], str] = str,
         origin: AdapterUpdate | None = None,
         run: str = "",
+        screening: ScreeningConfig | None = None,
     ) -> None:
         self.inner = inner
         self.tally = RoundTally()
@@ -176,6 +193,9 @@ class CompressedStrategy(Strategy):
         self._run = run
         self._origin = None if origin is None else origin.vector
         self._global = AdapterUpdate.zeros(spec)
+        screens = screening is not None and screening.mode != "off"
+        self._screening = screening if screens else None
+        self._sketch = Sketch(spec.size, seed) if screens else None
 
     def summary(self) -> None:
         """Log the inner strategy's summary."""
@@ -251,12 +271,15 @@ class CompressedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode replies as they come and let the inner strategy aggregate them.
 
-        A reply that is an error, or cannot be decoded, costs only its own share; it is noted in
-        `tally.failures`.
+        A reply that is an error, cannot be decoded, or is screened out, costs only its own share;
+        it is noted in `tally.failures`.
         """
         gap, mean = ProductGap(self._spec), _Mean(self._spec)
         inputs: list[Message] = []
-        for reply, adapter, weight in self._decoded(server_round, replies):
+        for one in self._screened(server_round, replies):
+            self._accept(server_round, one)
+            reply, adapter, weight = one.reply, self._global + one.update, one.received.weight
+            del one  # its update weighs as much as an adapter, and the next is decoded soon
             gap.add(adapter, weight)
             mean.add(adapter, weight)
             if averages_first(self.inner):  # one reply stands for all, whatever their number
@@ -279,36 +302,72 @@ class CompressedStrategy(Strategy):
         """Hand evaluation replies to the inner strategy."""
         return self.inner.aggregate_evaluate(server_round, replies)
 
-    def _decoded(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> Iterator[tuple[Message, AdapterUpdate, float]]:
-        """Usable replies with their adapter and weight, as they come."""
+    def _screened(self, server_round: int, replies: Iterable[Message]) -> Iterator[_Decoded]:
+        """Usable replies as they come; where odd ones are left out, once all are in."""
         context = self._context(server_round)
-        limit = packet_limit(self._spec)
-        for reply in replies:
+        decoded = self._decoded(replies, context)
+        if self._screening is None or self._sketch is None:
+            yield from decoded
+            return
+        screen = Screen(self._screening, self._sketch)
+        # What is odd shows when all are there. Packets wait for that, which are small, and not
+        # updates: those that stay are decoded once more.
+        waiting: list[Message] = []
+        for one in decoded:
+            screen.add(one.received.client, one.update)
+            if self._screening.mode == "reject":
+                waiting.append(one.reply)
+            else:
+                yield one
+            del one
+        self.tally.screened = screen.results()
+        for reply in waiting:
             client = self._name(reply.metadata.src_node_id)
+            found = self.tally.screened.get(client)
+            if found is not None and found.suspicion:
+                self.tally.failures.append((client, f"screened out: {found.suspicion}"))
+            else:
+                yield self._open(reply, context)
+
+    def _decoded(self, replies: Iterable[Message], context: CodecContext) -> Iterator[_Decoded]:
+        """Usable replies as they come."""
+        for reply in replies:
             try:
                 if reply.has_error():
                     raise CgFedLlmError(reply.error.reason or f"error code {reply.error.code}")
-                began = time.perf_counter()
-                blob = packet_of(reply.content, limit=limit)
-                self.tally.uplink_bytes += len(blob)
+                self.tally.uplink_bytes += len(self._packet(reply))
                 self.tally.uplinks += 1
-                update = self._uplink.decode(blob, context)
-                adapter = self._global + update
-                metrics = numbers_of(reply.content)
-                examples = examples_in(metrics)
-                weight = examples if self._weighting == "examples" else 1.0
+                one = self._open(reply, context)
             except CgFedLlmError as error:
+                client = self._name(reply.metadata.src_node_id)
                 self.tally.failures.append((client, str(error)))
                 continue
-            seconds = time.perf_counter() - began
-            self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
-            events.publish(events.UpdateReceived(client, server_round, update, weight, metrics))
-            if self.sample is not None:
-                self.sample.add(client, update)
-            del update  # it weighs as much as an adapter, and aggregation needs only that
-            yield reply, adapter, weight
+            yield one
+            del one
+
+    def _open(self, reply: Message, context: CodecContext) -> _Decoded:
+        began = time.perf_counter()
+        packet = self._packet(reply)
+        update = self._uplink.decode(packet, context)
+        metrics = numbers_of(reply.content)
+        examples = examples_in(metrics)
+        weight = examples if self._weighting == "examples" else 1.0
+        client = self._name(reply.metadata.src_node_id)
+        seconds = time.perf_counter() - began
+        received = Received(client, weight, len(packet), seconds, metrics)
+        return _Decoded(reply, received, update)
+
+    def _packet(self, reply: Message) -> bytes:
+        return packet_of(reply.content, limit=packet_limit(self._spec))
+
+    def _accept(self, server_round: int, one: _Decoded) -> None:
+        """Write down and tell that a reply counts."""
+        received = one.received
+        self.tally.received.append(received)
+        client, weight, metrics = received.client, received.weight, received.metrics
+        events.publish(events.UpdateReceived(client, server_round, one.update, weight, metrics))
+        if self.sample is not None:
+            self.sample.add(client, one.update)
 
     def _context(self, server_round: int) -> CodecContext:
         """What both ends know when an update of this round is coded."""

@@ -81,6 +81,7 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "privacy/clip": record.clip,
         "clients/usable": len(record.clients),
         "clients/failed": len(record.failures),
+        "clients/odd": sum(bool(client.suspicion) for client in record.clients),
     }
     values.update({f"nll_client/{name}": nll for name, nll in record.client_nll.items()})
     if not record.flush:  # in which nobody trains
