@@ -282,6 +282,9 @@ class FederationConfig(Section):
     """Weight of a client in the average."""
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     """Flower's aggregation strategy."""
+    max_update_norm: PositiveFloat | None = None
+    """Updates with a larger Euclidean norm, as they were decoded, are left out; None: none is. A
+    bound on what one client can do to the adapter in a round (docs/security.md)."""
     server_lr: PositiveFloat = 1.0
     """W_{t+1} = W_t + server_lr * (what the strategy proposes - W_t)."""
     aggregation: Literal["factors", "sum", "product"] = "factors"

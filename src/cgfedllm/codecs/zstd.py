@@ -20,10 +20,8 @@ from pydantic import Field
 from cgfedllm.adapter import AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, CodecOptions, register
 from cgfedllm.codecs.bf16 import from_bfloat16, to_bfloat16
+from cgfedllm.codecs.parts.frames import FrameError, open_frame
 from cgfedllm.errors import PacketError
-
-# no frame of a level up to 19 asks for a larger window (RFC 8878 advises to accept this much)
-_LARGEST_WINDOW = 8 << 20
 
 
 class ZstdOptions(CodecOptions):
@@ -65,7 +63,11 @@ class Zstd(Codec):
         return zstandard.ZstdCompressor(level=self.options.level).compress(planes.data)
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
-        raw = self._decompress(payload, self._width * context.spec.size)
+        size = self._width * context.spec.size
+        try:
+            raw = open_frame(payload, least=size, most=size)
+        except FrameError as error:
+            raise PacketError(f"{self.name}: the payload cannot be read: {error}") from None
         planes = np.frombuffer(raw, np.uint8).reshape(self._width, -1)
         values = np.ascontiguousarray(planes.T).reshape(-1)
         if self.lossless:
@@ -75,26 +77,3 @@ class Zstd(Codec):
     @property
     def _width(self) -> int:
         return 4 if self.lossless else 2
-
-    def _decompress(self, payload: bytes, size: int) -> bytes:
-        # whatever the frame claims is compared with what the spec says before anything is allocated
-        try:
-            frame = zstandard.get_frame_parameters(payload)
-        except zstandard.ZstdError as error:
-            raise PacketError(f"{self.name}: payload is not a Zstandard frame ({error})") from None
-        if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN:
-            raise PacketError(f"{self.name}: payload is a frame that does not say its size")
-        if frame.content_size != size or frame.dict_id:
-            raise PacketError(
-                f"{self.name}: payload is a frame of {frame.content_size} bytes with dictionary "
-                f"{frame.dict_id}; this adapter needs {size} bytes and no dictionary"
-            )
-        if frame.window_size > max(size, _LARGEST_WINDOW):
-            raise PacketError(
-                f"{self.name}: payload asks for a window of {frame.window_size} bytes"
-            )
-        try:
-            # content size is known and right: exactly that much is allocated, and must be filled
-            return zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise PacketError(f"{self.name}: payload is damaged ({error})") from None

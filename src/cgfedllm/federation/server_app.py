@@ -141,6 +141,7 @@ class Server:
             min_replies=federation.min_clients,
             client_name=self._directory.name,
             origin=self._workspace.start,
+            max_norm=federation.max_update_norm,
         )
 
     def _private(self) -> tuple[PrivacyPlan, Ledger] | None:
@@ -308,7 +309,7 @@ class Server:
             yield reply
         for node in by_node:
             reason = f"no reply within {self._timeout:g} s"
-            self._strategy.tally.failures.append((self._directory.name(node), reason))
+            self._strategy.tally.fail(self._directory.name(node), reason)
 
     def _tell_privacy(self, plan: PrivacyPlan) -> None:
         events.publish(events.Notice(plan.describe(self._workspace.spec.size)))
@@ -390,7 +391,7 @@ class Server:
                         raise FederationError(reply.error.reason or "it answered with an error")
                     metrics = numbers_of(reply.content)
                 except CgFedLlmError as error:
-                    self._strategy.tally.failures.append((name, str(error)))
+                    self._strategy.tally.fail(name, str(error))
                     continue
                 if "nll" in metrics:
                     record.client_nll[name] = metrics["nll"]

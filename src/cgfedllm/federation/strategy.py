@@ -12,6 +12,7 @@ privacy) refuse strategies that override `aggregate_train`.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,7 @@ from cgfedllm.federation.messages import (
     CONFIG,
     KIND,
     METRICS,
+    MOST_COUNTED,
     NUM_EXAMPLES,
     PREVIOUS,
     REFERENCE_MISSING,
@@ -55,6 +57,7 @@ from cgfedllm.federation.messages import (
 from cgfedllm.federation.product import ProductGap
 from cgfedllm.federation.strategies import averages_first, rebase
 from cgfedllm.seeding import derive_seed
+from cgfedllm.text import printable
 
 
 @dataclass
@@ -99,6 +102,10 @@ class RoundTally:
     codec_bytes: dict[str, int] = field(default_factory=dict)
     product_gap: float | None = None
 
+    def fail(self, client: str, reason: str) -> None:
+        """Note why a client's reply does not count; the reason may be the client's own words."""
+        self.failures.append((client, printable(reason)))
+
     def next_attempt(self) -> RoundTally:
         """For another attempt at the round: what was sent stays sent."""
         return replace(self, received=[], product_gap=None)
@@ -133,6 +140,8 @@ class CompressedStrategy(Strategy):
         From node id to the name used in logs and records.
     origin : AdapterUpdate, optional
         What the run began with, if clients can draw it too.
+    max_norm : float, optional
+        Updates with a larger Euclidean norm are left out.
     """
 
     def __init__(
@@ -149,6 +158,7 @@ class CompressedStrategy(Strategy):
         min_replies: int = 1,
         client_name: Callable[[int], str] = str,
         origin: AdapterUpdate | None = None,
+        max_norm: float | None = None,
     ) -> None:
         self.inner = inner
         self.tally = RoundTally()
@@ -165,6 +175,7 @@ class CompressedStrategy(Strategy):
         self._min_replies = self._asked = min_replies
         self._name = client_name
         self._origin = None if origin is None else origin.vector
+        self._max_norm = math.inf if max_norm is None else max_norm
         self._global = AdapterUpdate.zeros(spec)
 
     def summary(self) -> None:
@@ -284,12 +295,12 @@ class CompressedStrategy(Strategy):
                 self.tally.uplink_bytes += len(blob)
                 self.tally.uplinks += 1
                 update = self._uplink.decode(blob, context)
-                adapter = self._global + update
+                adapter = self._added(update)
                 metrics = numbers_of(reply.content)
                 examples = _examples(metrics)
                 weight = examples if self._weighting == "examples" else 1.0
             except CgFedLlmError as error:
-                self.tally.failures.append((client, str(error)))
+                self.tally.fail(client, str(error))
                 continue
             seconds = time.perf_counter() - began
             self.tally.received.append(Received(client, weight, len(blob), seconds, metrics))
@@ -298,6 +309,19 @@ class CompressedStrategy(Strategy):
                 self.sample.add(client, update)
             del update  # it weighs as much as an adapter, and aggregation needs only that
             yield reply, adapter, weight
+
+    def _added(self, update: AdapterUpdate) -> AdapterUpdate:
+        """The adapter that an update leads to."""
+        if not update.norm() <= self._max_norm:
+            raise PacketError(
+                f"the update's norm is {update.norm():.3g}; federation.max_update_norm is "
+                f"{self._max_norm:g}"
+            )
+        with np.errstate(over="ignore"):
+            adapter = self._global + update
+        if not adapter.is_finite():
+            raise PacketError("the update leads to values beyond float32; it is left out")
+        return adapter
 
     def _previous(self) -> AdapterUpdate | None:
         """What updates may be coded against."""
@@ -349,6 +373,6 @@ def _plain(reply: Message, adapter: AdapterUpdate, weight: float) -> Message:
 
 def _examples(metrics: dict[str, float]) -> float:
     weight = metrics.get(NUM_EXAMPLES, 0.0)
-    if not 0 < weight < 2**53:
+    if not 1 <= weight <= MOST_COUNTED:
         raise PacketError(f"the reply's {NUM_EXAMPLES} is {weight}; it must be a positive count")
     return weight
