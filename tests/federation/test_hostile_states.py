@@ -43,7 +43,7 @@ HUGE = {"stages": 10, "width": 256}
 """Networks of terabytes."""
 
 SHORT = settings(max_examples=150, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=3_000, suppress_health_check=list(HealthCheck))
 
 
 def codec_of(name: str) -> LearnedCodec:

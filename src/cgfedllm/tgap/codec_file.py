@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import CodecState, codec_class, make_codec
 from cgfedllm.codecs.learning import LearnedCodec
-from cgfedllm.codecs.packet import NAME_SIZE
 from cgfedllm.errors import CheckpointError, CodecError, CodecStateError
 from cgfedllm.storage import StrPath, load_tensors, parse_json, save_tensors
 from cgfedllm.tgap.spec_difference import first_difference
 
 FORMAT = "cgfedllm-codec"
 VERSION = 1
+_LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def load_codec_file(path: StrPath) -> CodecFile:
 
 
 def _name(text: str) -> str:
-    if not 0 < len(text) <= NAME_SIZE:
+    if not 0 < len(text) <= _LONGEST_NAME:  # it is shown, whole
         raise ValueError(f"no codec has a name of {len(text)} characters")
     return text
 
