@@ -1,6 +1,9 @@
 """What one round takes the server, for 10 to 10,000 clients, without a model or a network.
 
-    python benchmarks/scale.py
+    python benchmarks/scale.py costs
+    python benchmarks/scale.py limits
+
+`costs` measures, `limits` lets `cgfedllm plan --server` tell what ends first on this machine.
 
 Updates are made up, each packet is encoded once and decoded as often as there are clients, through
 the strategy that a run uses; replies are made as they are taken. Times are of one core and
@@ -27,8 +30,9 @@ from common import RESULTS, spread, touch_memory, write_result
 
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import make_codec
-from cgfedllm.config import FederationConfig
+from cgfedllm.config import FederationConfig, load_config
 from cgfedllm.federation.rehearsal import Rehearsal
+from cgfedllm.plan import make_plan
 
 # name: layers, width, width of values, rank of adapters on q and v (and k and o)
 MODELS: dict[str, tuple[int, tuple[tuple[str, int, int], ...], int]] = {
@@ -69,26 +73,42 @@ MEMORY = [("fedavg", SMALL, clients) for clients in (10, 100, 1_000)]
 MEMORY += [("fedavg", SMALLEST, clients) for clients in (10, 10_000)]
 MEMORY += [(name, SMALL, clients) for name in STREAMED if name != "fedavg" for clients in (10, 40)]
 MEMORY += [(name, SMALL, clients) for name in WHOLE for clients in (10, 40, 100)]
+# a raw adapter down is the default; a coded one is an increment on what clients hold
+DOWN = ("downlink.name=int8", "evaluation.clients=false")
+LIMITS: list[tuple[str, ...]] = [
+    ("uplink.name=raw",),
+    ("uplink.name=int8",),
+    ("uplink.name=int8", *DOWN),
+    ("uplink.name=ecsq", "uplink.options.bpp=0.1", *DOWN),
+    ("uplink.name=learned", "uplink.options.bpp=0.02", *DOWN),
+    ("uplink.name=int8", "federation.strategy.name=krum", *DOWN),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("costs", "limits", "one"))
+    parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=5, help="measured rounds, after a first one")
     parser.add_argument("--quick", action="store_true", help="tiny; writes nothing")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    if options.one:
-        print(json.dumps(peak(json.loads(options.one))))
-        return
-    if options.quick:
+    if options.what == "one":
+        print(json.dumps(peak(json.loads(options.job))))
+    elif options.quick:
         print(times(SMALLEST, "int8", 1), peak_of("fedavg", SMALLEST, 10))
-        return
+    elif options.what == "limits":
+        limits()
+    else:
+        costs(options.runs)
+
+
+def costs(runs: int) -> None:
     touch_memory(2.0)
     seconds = []
     for model in TIMED_MODELS:
         for codec in CODECS:
-            seconds.append(times(model, codec, options.runs))
+            seconds.append(times(model, codec, runs))
             print(seconds[-1], flush=True)
     memory = []
     for job in MEMORY:
@@ -97,6 +117,29 @@ def main() -> None:
     content = {"what": __doc__.split("\n")[0], "seconds": seconds, "memory": memory}
     print(write_result("scale", content))
     draw(seconds, memory)
+
+
+def limits() -> None:
+    """Plans of the embedded model's adapter; clients with 10 Mbit/s up and 50 down."""
+    rows = []
+    for settings in LIMITS:
+        config = load_config(None, list(settings))
+        for seconds in (0.0, 60.0):
+            plan = make_plan(config, clients=100, server_mbit=1_000.0, training_seconds=seconds)
+            assert plan.server is not None
+            rows.append(
+                {
+                    "settings": settings,
+                    "uplink_packet": plan.uplink.packet,
+                    "round_seconds_of_a_client": plan.round_seconds,
+                    "reply_ms": 1e3 * plan.server.reply_seconds,
+                    "training_seconds": seconds,
+                    "server_mbit": 1_000.0,
+                    "suffices_up_to_clients": plan.server.to_dict()["limits"],
+                }
+            )
+            print(rows[-1], flush=True)
+    print(write_result("scale_limits", {"what": __doc__.split("\n")[0], "plans": rows}))
 
 
 def rehearsal(model: str, codec: str, strategy: str) -> tuple[AdapterSpec, Rehearsal]:
@@ -127,7 +170,7 @@ def times(model: str, codec: str, runs: int) -> dict[str, Any]:
 def peak_of(strategy: str, model: str, clients: int) -> dict[str, Any]:
     """As `peak`, in a process of its own."""
     job = {"strategy": strategy, "model": model, "clients": clients}
-    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    command = [sys.executable, __file__, "one", json.dumps(job)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -170,7 +213,7 @@ def draw(seconds: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
         left.set_yticks(range(len(rows)), [row["codec"] for row in rows])
     left.set_xscale("log")
     left.set_xlabel("server time a client, ms on one core")
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     for strategy in dict.fromkeys(row["strategy"] for row in memory):
         rows = [row for row in memory if row["strategy"] == strategy and row["model"] == SMALL]
         points = [row["clients"] for row in rows], [row["adapters"] for row in rows]
@@ -179,7 +222,7 @@ def draw(seconds: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
     right.set_yscale("log")
     right.set_xlabel("clients a round")
     right.set_ylabel("peak memory, adapters in float32")
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     save(figure, RESULTS / "scale")
 
 

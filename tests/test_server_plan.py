@@ -25,7 +25,7 @@ PLAN = ServerPlan(
     memory=10**9,
     memory_here=10**10,
     reply_memory=0,
-    client_seconds=4.0,
+    transfer_seconds=4.0,
 )
 
 
@@ -64,13 +64,22 @@ def test_each_means_suffices_up_to_where_it_takes_longer_than_a_clients_line() -
         ({"sent": 10**9}, "sending"),
         ({"received": 10**9}, "receiving"),
         ({"mbit": 100.0}, "sending"),
-        ({"client_seconds": 1.0}, "one core"),
+        ({"transfer_seconds": 1.0}, "one core"),
         ({"reply_memory": 10**7, "memory": 2 * 10**10}, "memory"),
         ({"reply_memory": 9 * 10**7, "memory": 9 * 10**9 + 10**8}, "clients"),
     ],
 )
 def test_the_first_limit_is_named(changes: dict[str, Any], first: str) -> None:
     assert replace(PLAN, **changes).first == first
+
+
+def test_training_gives_the_server_time() -> None:
+    busy = replace(PLAN, transfer_seconds=1.0)
+    assert busy.first == "one core"
+    training = replace(busy, training_seconds=60.0)
+    assert training.first == "clients"
+    assert training.limits["one core"] == pytest.approx(61 * busy.limits["one core"])
+    assert dict(training.rows())["server, a round"] == "100 clients wait for themselves"
 
 
 def test_memory_of_strategies_that_need_every_reply_ends() -> None:
@@ -80,7 +89,7 @@ def test_memory_of_strategies_that_need_every_reply_ends() -> None:
 
 
 def test_sizes_that_depend_on_the_values_leave_the_line_out() -> None:
-    unknown = replace(PLAN, received=None, sent=None, client_seconds=None)
+    unknown = replace(PLAN, received=None, sent=None, transfer_seconds=None)
     assert unknown.limits == {"memory": math.inf}
     assert dict(unknown.rows())["  receives"] == "depends on the values"
     json.dumps(unknown.to_dict(), allow_nan=False)
@@ -97,7 +106,7 @@ def test_a_server_is_planned_only_if_asked_for(tiny_model: Path) -> None:
     server = plan.server
     assert server.clients == 5
     assert server.received == 5 * plan.uplink.packet
-    assert server.client_seconds == plan.round_seconds
+    assert server.transfer_seconds == server.client_seconds == plan.round_seconds
     assert server.memory == plan.memory.server
     assert server.reply_seconds > 0
     assert server.rehearsed == plan.model.trained
@@ -118,6 +127,12 @@ def test_traffic_of_a_round_adds_up_to_that_of_the_run(tiny_model: Path) -> None
     plan = planned(tiny_model, "federation.rounds=4", clients=6, server_mbit=100.0)
     assert 4 * plan.server.sent == pytest.approx(plan.downlink.total, abs=4)
     assert 4 * plan.server.received == plan.uplink.total
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
+def test_training_takes_time(tiny_model: Path, seconds: float) -> None:
+    with pytest.raises(ConfigError, match="training takes"):
+        planned(tiny_model, clients=2, server_mbit=1.0, training_seconds=seconds)
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, math.nan, math.inf])

@@ -736,6 +736,9 @@ def _plan(
             "what of it ends first.",
         ),
     ] = None,
+    training: Annotated[
+        float, typer.Option(help="With --server: what a client trains in a round, seconds.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Tell what a run will take, by arithmetic alone (but for --server).
@@ -753,7 +756,13 @@ def _plan(
 
     from cgfedllm.plan import Link, make_plan
 
-    plan = make_plan(config, link=Link(up, down), clients=clients, server_mbit=server)
+    plan = make_plan(
+        config,
+        link=Link(up, down),
+        clients=clients,
+        server_mbit=server,
+        training_seconds=training,
+    )
     _show(plan, as_json)
 
 

@@ -253,6 +253,7 @@ def make_plan(
     link: Link | None = None,
     clients: int | None = None,
     server_mbit: float | None = None,
+    training_seconds: float = 0.0,
 ) -> Plan:
     """Work out what a run will take. No weight is loaded, no data is read.
 
@@ -266,13 +267,15 @@ def make_plan(
         Number of clients, where the config leaves it to the data (natural partitions, files).
     server_mbit : float, optional
         The server's line, each way; with it, a round of the server is rehearsed here and planned.
+    training_seconds : float
+        What a client trains in a round, which gives the server time.
 
     Raises
     ------
     ModelError
         If the model's configuration cannot be found, or LoRA cannot be attached as asked.
     ConfigError
-        If `clients` or `server_mbit` is not positive.
+        If `clients` or `server_mbit` is not positive, or `training_seconds` is negative.
     CodecStateError
         If the codec file cannot be used.
     """
@@ -328,7 +331,8 @@ def make_plan(
         down=None if down_total is None else down_total / per_client,
         memory=memory.server,
         reply_memory=memory.reply,
-        client_seconds=plan.round_seconds,
+        transfer_seconds=plan.round_seconds,
+        training_seconds=training_seconds,
     )
     return replace(plan, server=server)
 
@@ -505,7 +509,7 @@ def _memory(
     rule = (
         federation.strategy.name if federation.aggregation == "factors" else federation.aggregation
     )
-    reply = 4 * spec.size * _ADAPTERS_A_REPLY.get(rule, 0)
+    reply = int(4 * spec.size * _ADAPTERS_A_REPLY.get(rule, 0.0))
     return MemoryPlan(
         dtype=dtype,
         base=int(base),
@@ -526,9 +530,9 @@ def _memory(
 # adapters in float32 that a server's round takes by its strategy or aggregation, and those that it
 # takes for each reply where it needs them all (others are handed a mean, formed as replies arrive):
 # measured, benchmarks/results/scale.json
-_ADAPTERS_USUALLY = 14
-_ADAPTERS = {"fedavgm": 17, "fedadam": 24, "fedyogi": 21}
-_ADAPTERS_A_REPLY = {"median": 3, "trimmed_mean": 3, "krum": 3, "product": 4}
+_ADAPTERS_USUALLY = 13
+_ADAPTERS = {"sum": 14, "fedavgm": 16, "fedadam": 22, "fedyogi": 19}
+_ADAPTERS_A_REPLY = {"median": 3.0, "trimmed_mean": 3.0, "krum": 3.0, "product": 2.1}
 
 
 def _dtype(model: ModelConfig) -> str:

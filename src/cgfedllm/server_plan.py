@@ -6,9 +6,9 @@
     plan: bytes up and down a client -------------------------x clients   the server's line
     plan: memory -- grows only for strategies that need every reply       memory
 
-A round takes each client the time of its own line. As long as the server is done with all of them
-in that time, clients are the limit; beyond, it is whatever of the server takes longest. Training is
-left out: it only gives the server more time.
+A round takes each client the time of its training and of its own line. As long as the server is
+done with all of them in that time, clients are the limit; beyond, it is whatever of the server
+takes longest.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ class ServerPlan:
         Bytes that the server takes (`MemoryPlan.server`), and that this machine has.
     reply_memory : int
         Bytes that one more client adds to it.
-    client_seconds : float or None
+    transfer_seconds : float or None
         What a client's own line takes for a round.
+    training_seconds : float
+        What a client trains in a round.
     """
 
     mbit: float
@@ -64,7 +66,15 @@ class ServerPlan:
     memory: int
     memory_here: int
     reply_memory: int
-    client_seconds: float | None
+    transfer_seconds: float | None
+    training_seconds: float = 0.0
+
+    @property
+    def client_seconds(self) -> float | None:
+        """A round of one client, if it waits for nobody."""
+        if self.transfer_seconds is None:
+            return None
+        return self.transfer_seconds + self.training_seconds
 
     @property
     def cpu_seconds(self) -> float:
@@ -85,7 +95,7 @@ class ServerPlan:
     def limits(self) -> dict[str, float]:
         """Clients a round up to which each of the server's means suffices; infinity: any number.
 
-        For times, as long as it takes no longer than a client's own line; for memory, as long as
+        For times, as long as it takes no longer than a client's own round; for memory, as long as
         it fits this machine.
         """
         limits = {"memory": math.inf}
@@ -115,6 +125,7 @@ class ServerPlan:
         limits = {name: None if math.isinf(most) else most for name, most in self.limits.items()}
         return {
             **asdict(self),
+            "client_seconds": self.client_seconds,
             "cpu_seconds": self.cpu_seconds,
             "receive_seconds": self.receive_seconds,
             "send_seconds": self.send_seconds,
@@ -129,7 +140,8 @@ class ServerPlan:
         grows = f"{human_bytes(self.reply_memory)} a client" if self.reply_memory else "no more"
         limits = sorted(self.limits.items(), key=lambda item: item[1])
         told = ", ".join(f"{name} {_clients(most)}" for name, most in limits)
-        first = "their own line" if self.first == "clients" else f"the server's {self.first}"
+        own = "themselves" if self.training_seconds else "their own line"
+        first = own if self.first == "clients" else f"the server's {self.first}"
         return [
             ("server, a round", f"{self.clients:,} clients wait for {first}"),
             ("  receives", _moved(self.received, self.receive_seconds, line)),
@@ -162,7 +174,8 @@ def plan_server(
     down: float | None,
     memory: int,
     reply_memory: int,
-    client_seconds: float | None,
+    transfer_seconds: float | None,
+    training_seconds: float,
 ) -> ServerPlan:
     """Rehearse a few replies and work out a round of all of them.
 
@@ -172,6 +185,8 @@ def plan_server(
         Uplink and downlink.
     state : CodecState or None
         Of the uplink codec, if it comes from a file.
+    memory, reply_memory, transfer_seconds, training_seconds
+        As in `ServerPlan`.
     mbit : float
         The server's line, each way.
     up, down : float or None
@@ -180,10 +195,12 @@ def plan_server(
     Raises
     ------
     ConfigError
-        If the line's speed is not a positive number.
+        If the line's speed is not a positive number, or training takes less than no time.
     """
     if not (math.isfinite(mbit) and mbit > 0):
         raise ConfigError(f"the server's line must have a positive speed, got {mbit}")
+    if not (math.isfinite(training_seconds) and training_seconds >= 0):
+        raise ConfigError(f"training takes 0 seconds or more, got {training_seconds}")
     # a state from a file is of the whole adapter, so that is what has to be rehearsed
     part = _part(spec) if state is None else spec
     known = codecs[0].initial_state(part) if state is None else state
@@ -198,7 +215,8 @@ def plan_server(
         memory=memory,
         memory_here=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         reply_memory=reply_memory,
-        client_seconds=client_seconds,
+        transfer_seconds=transfer_seconds,
+        training_seconds=training_seconds,
     )
 
 
