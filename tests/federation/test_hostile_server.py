@@ -44,7 +44,7 @@ from cgfedllm.workspace import workspace_for
 MakeConfig = Callable[..., Config]
 
 SHORT = settings(max_examples=150, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=3_000, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
 
 
 class Node:

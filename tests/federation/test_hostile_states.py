@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import CodecState, make_codec
 from cgfedllm.codecs.learning import LearnedCodec
-from cgfedllm.errors import CodecError, CodecStateError
+from cgfedllm.errors import CodecStateError
 from cgfedllm.federation.codec_state import (
     CodecBroadcast,
     StatefulCodec,
@@ -43,7 +43,7 @@ HUGE = {"stages": 10, "width": 256}
 """Networks of terabytes."""
 
 SHORT = settings(max_examples=150, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=3_000, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
 
 
 def codec_of(name: str) -> LearnedCodec:
@@ -377,6 +377,6 @@ def test_what_a_codec_file_says_of_itself_is_not_believed(
     if (key, value) == ("codec_version", "１"):  # a digit, in some script
         load_codec_file(path)
         return
-    with pytest.raises((CodecStateError, CodecError)) as caught:
+    with pytest.raises(CodecStateError) as caught:
         load_codec_file(path).check(SPEC)
     assert len(str(caught.value)) < 10_000

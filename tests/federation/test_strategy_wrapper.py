@@ -538,6 +538,10 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message, AdapterSpec], Message], str]] = 
         ),
         "?]0;owned? over two lines",
     ),
+    "error of white space": (
+        lambda reply, spec: Message(Error(2, " \r\n"), reply_to=reply.request),
+        "no reason given",
+    ),
     "error without end": (
         lambda reply, spec: Message(Error(2, "a" * 10**7), reply_to=reply.request),
         "a" * 1000 + "...",

@@ -45,7 +45,7 @@ class Directory:
             try:
                 name = self._accept(reply, present)
             except CgFedLlmError as error:
-                reason = self._refused[node] = printable(str(error))
+                reason = self._refused[node] = printable(str(error)) or "no reason given"
                 events.publish(events.Notice(f"node {node} is left out: {reason}", "warning"))
                 continue
             # a client that was started again has a new id; the old one is gone

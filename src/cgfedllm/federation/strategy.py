@@ -104,7 +104,7 @@ class RoundTally:
 
     def fail(self, client: str, reason: str) -> None:
         """Note why a client's reply does not count; the reason may be the client's own words."""
-        self.failures.append((client, printable(reason)))
+        self.failures.append((client, printable(reason) or "no reason given"))
 
     def next_attempt(self) -> RoundTally:
         """For another attempt at the round: what was sent stays sent."""

@@ -68,9 +68,10 @@ class CodecFile:
         Raises
         ------
         CodecStateError
-            If this installation has no such codec, or another version of it.
+            If this installation has no such codec, or another version of it, or the codec refuses
+            the file's own options.
         CodecError
-            If the codec refuses an option.
+            If the codec refuses one of `options`.
         """
         try:
             found = codec_class(self.name)
@@ -86,6 +87,10 @@ class CodecFile:
                 f"installation has version {found.version}; use the release that wrote it, or "
                 "pre-train again"
             )
+        try:
+            make_codec(self.name, self.options)
+        except CodecError as error:
+            raise CodecStateError(f"the codec file is damaged: {error}") from None
         made = make_codec(self.name, {**self.options, **(options or {})})
         assert isinstance(made, LearnedCodec)
         return made
