@@ -25,6 +25,8 @@ from cgfedllm.errors import AdapterError
 Float32Array = NDArray[np.float32]
 
 _LORA_NAME = re.compile(r"^(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight$")
+# of names read from files: far beyond any model's, and short for a regular expression
+_LONGEST_NAME = 1000
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(?P<module>.+)$")
 
 
@@ -71,7 +73,9 @@ class Factor:
 
 def _factor_from_json(item: object) -> Factor:
     match item:
-        case [str(name), list(shape)] if all(type(n) is int for n in shape):
+        case [str(name), list(shape)] if len(name) <= _LONGEST_NAME and all(
+            type(n) is int for n in shape
+        ):
             return Factor.parse(name, shape)
     raise ValueError(f"this is not one: {item!r}"[:200])
 

@@ -769,9 +769,20 @@ def _plan(
     rounds: Annotated[int | None, typer.Option(help="Federated rounds.")] = None,
     up: Annotated[float, typer.Option(help="A client's uplink, Mbit/s.")] = 10.0,
     down: Annotated[float, typer.Option(help="A client's downlink, Mbit/s.")] = 50.0,
+    server: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MBIT",
+            help="The server's line, Mbit/s each way: also rehearse a round of it here, and tell "
+            "what of it ends first.",
+        ),
+    ] = None,
+    training: Annotated[
+        float, typer.Option(help="With --server: what a client trains in a round, seconds.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Tell what a run will take, by arithmetic alone.
+    """Tell what a run will take, by arithmetic alone (but for --server).
 
     Bytes, transfer time and memory, from the model's config; no weights are loaded.
     CONFIG is a TOML file (without one, the embedded default); options override it.
@@ -786,7 +797,14 @@ def _plan(
 
     from cgfedllm.plan import Link, make_plan
 
-    _show(make_plan(config, link=Link(up, down), clients=clients), as_json)
+    plan = make_plan(
+        config,
+        link=Link(up, down),
+        clients=clients,
+        server_mbit=server,
+        training_seconds=training,
+    )
+    _show(plan, as_json)
 
 
 @app.command("codecs")

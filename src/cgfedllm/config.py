@@ -307,6 +307,9 @@ class FederationConfig(Section):
     """Flower's aggregation strategy."""
     screening: ScreeningConfig = Field(default_factory=ScreeningConfig)
     """What is noticed about single updates."""
+    max_update_norm: PositiveFloat | None = None
+    """Updates with a larger Euclidean norm, as they were decoded, are left out; None: none is. A
+    bound on what one client can do to the adapter in a round (docs/security.md)."""
     server_lr: PositiveFloat = 1.0
     """W_{t+1} = W_t + server_lr * (what the strategy proposes - W_t)."""
     aggregation: Literal["factors", "sum", "product"] = "factors"

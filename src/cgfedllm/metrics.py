@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 
 @dataclass
 class ClientRecord:
@@ -102,8 +104,17 @@ class RoundRecord:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> RoundRecord:
-        """Inverse of `to_dict`."""
-        clients = [ClientRecord(**c) for c in row["clients"]]
-        failures = [FailureRecord(**f) for f in row["failures"]]
-        return cls(**{**row, "clients": clients, "failures": failures})
+    def from_dict(cls, row: Any) -> RoundRecord:
+        """Inverse of `to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If a value is missing or of another type than it should be.
+        """
+        if not isinstance(row, dict) or not {"clients", "failures"} <= row.keys():
+            raise ValueError("no clients or no failures are written down")
+        return _RECORD.validate_python(row)
+
+
+_RECORD = TypeAdapter(RoundRecord)

@@ -29,6 +29,7 @@ from cgfedllm.federation.codec_state import pack_whole
 from cgfedllm.privacy.secagg.collector import traffic
 from cgfedllm.privacy.secagg.packet import masked_size
 from cgfedllm.report.units import human_bytes
+from cgfedllm.server_plan import ServerPlan, plan_server
 from cgfedllm.workspace import read_codec_file, uplink_codec
 
 if TYPE_CHECKING:
@@ -161,9 +162,11 @@ class MemoryPlan:
     activations: int
     logits: int
     server: int
-    """Global adapter, what clients hold of it (and its last change, for codecs that use it), a
-    float64 sum, the strategy's state, one packet and one decoded update; strategies that need every
-    reply at once hold one a sampled client. No base model."""
+    """At the most during a round, as measured with made-up clients (benchmarks/scale.py): copies of
+    the adapter in messages, sums and the strategy's hands, of which those that need every reply
+    hold some for each sampled client, and a packet. No base model."""
+    reply: int = 0
+    """Bytes of `server` that one more sampled client adds; 0 where means are formed on the way."""
 
     @property
     def client(self) -> int:
@@ -198,6 +201,8 @@ class Plan:
     """None for uplink codecs that do not learn."""
     secagg: SecureAggregationPlan | None = None
     """None without secure aggregation."""
+    server: ServerPlan | None = None
+    """None unless it was asked for."""
 
     @property
     def round_seconds(self) -> float | None:
@@ -213,6 +218,8 @@ class Plan:
         tree["downlink"]["ratio"] = self.downlink.ratio
         tree["memory"]["client"] = self.memory.client
         tree["round_seconds"] = self.round_seconds
+        if self.server is not None:
+            tree["server"] = self.server.to_dict()
         return tree
 
     def rows(self) -> list[tuple[str, str]]:
@@ -251,10 +258,18 @@ class Plan:
                 "server memory",
                 f"about {human_bytes(memory.server)}, without a base model to evaluate",
             ),
+            *([] if self.server is None else self.server.rows()),
         ]
 
 
-def make_plan(config: Config, *, link: Link | None = None, clients: int | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    *,
+    link: Link | None = None,
+    clients: int | None = None,
+    server_mbit: float | None = None,
+    training_seconds: float = 0.0,
+) -> Plan:
     """Work out what a run will take. No weight is loaded, no data is read.
 
     Parameters
@@ -265,13 +280,17 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
         Each client's connection; 10 Mbit/s up and 50 down unless given.
     clients : int, optional
         Number of clients, where the config leaves it to the data (natural partitions, files).
+    server_mbit : float, optional
+        The server's line, each way; with it, a round of the server is rehearsed here and planned.
+    training_seconds : float
+        What a client trains in a round, which gives the server time.
 
     Raises
     ------
     ModelError
         If the model's configuration cannot be found, or LoRA cannot be attached as asked.
     ConfigError
-        If `clients` is not positive.
+        If `clients` or `server_mbit` is not positive, or `training_seconds` is negative.
     CodecStateError
         If the codec file cannot be used.
     """
@@ -303,7 +322,7 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
         state = codec.initial_state(spec, config.seed) if file is None else file.state
         cost = {} if file is None else file.card.get("cost", {})
         codec_state = _codec_state(config, len(pack_whole(codec, state)), trained_in, cost)
-    return Plan(
+    plan = Plan(
         model=model,
         clients=total,
         clients_assumed=known is None,
@@ -316,6 +335,27 @@ def make_plan(config: Config, *, link: Link | None = None, clients: int | None =
         codec_state=codec_state,
         secagg=secagg,
     )
+    if server_mbit is None:
+        return plan
+    per_client = rounds * sampled
+    down_total = downlink.total
+    if down_total is not None and codec_state is not None:
+        down_total += codec_state.total
+    server = plan_server(
+        config.federation,
+        spec,
+        (codec, down),
+        None if file is None else file.state,
+        mbit=server_mbit,
+        clients=sampled,
+        up=uplink.packet,
+        down=None if down_total is None else down_total / per_client,
+        memory=memory.server,
+        reply_memory=memory.reply,
+        transfer_seconds=plan.round_seconds,
+        training_seconds=training_seconds,
+    )
+    return replace(plan, server=server)
 
 
 def find_model_config(model: ModelConfig) -> PretrainedConfig:
@@ -487,10 +527,11 @@ def _memory(
     known = not config.federation.stateless and (codec.uses_previous or downlink.uses_previous)
     tokens = (training.micro_batch_size or training.batch_size) * config.data.max_length
     packet = codec.expected_size(spec)
-    strategy = config.federation.strategy.name
-    streams = config.federation.aggregation != "product" and strategy not in _NEED_EVERY_REPLY
-    held = 1 if streams else sampled
-    state = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2}.get(strategy, 0)
+    federation = config.federation
+    rule = (
+        federation.strategy.name if federation.aggregation == "factors" else federation.aggregation
+    )
+    reply = int(4 * spec.size * _ADAPTERS_A_REPLY.get(rule, 0.0))
     return MemoryPlan(
         dtype=dtype,
         base=int(base),
@@ -500,14 +541,20 @@ def _memory(
         residual=4 * spec.size * config.keeps_residual,
         activations=_activations(config, model_config, tokens, int(width)),
         logits=3 * 4 * tokens * int(model_config.vocab_size),
-        server=4 * full.size
-        + 4 * spec.size * (4 + known + state + held)
+        server=4 * (full.size - spec.size)
+        + 4 * spec.size * (_ADAPTERS.get(rule, _ADAPTERS_USUALLY) + known)
+        + reply * sampled
         + (4 * spec.size if packet is None else packet),
+        reply=reply,
     )
 
 
-# the others are handed the mean of their replies, formed while these arrive
-_NEED_EVERY_REPLY = ("median", "trimmed_mean", "krum")
+# adapters in float32 that a server's round takes by its strategy or aggregation, and those that it
+# takes for each reply where it needs them all (others are handed a mean, formed as replies arrive):
+# measured, benchmarks/results/scale.json
+_ADAPTERS_USUALLY = 13
+_ADAPTERS = {"sum": 14, "fedavgm": 16, "fedadam": 22, "fedyogi": 19}
+_ADAPTERS_A_REPLY = {"median": 3.0, "trimmed_mean": 3.0, "krum": 3.0, "product": 2.1}
 
 
 def _dtype(model: ModelConfig) -> str:

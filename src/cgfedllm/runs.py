@@ -209,7 +209,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} is not a run folder: it has no config.toml"
             ) from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise CheckpointError(f"{self.config_path} cannot be read: {error}") from None
         return parse_config(tree)
 
@@ -240,8 +240,8 @@ class RunFolder:
         records = []
         for number, line in enumerate(text.split(b"\n")[:-1], start=1):
             try:
-                records.append(RoundRecord.from_dict(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+                records.append(RoundRecord.from_dict(storage.parse_json(line)))
+            except ValueError as error:
                 raise CheckpointError(
                     f"{self.metrics_path}, line {number} is damaged: {error!r}; "
                     "remove that line to go on without it"
@@ -277,7 +277,9 @@ class RunFolder:
         try:
             known = storage.read_json(self.environment_path)
         except CheckpointError:
-            known = {}
+            known = None
+        if not isinstance(known, dict) or not isinstance(known.get("resumed", []), list):
+            known = {}  # damaged, and of no use to the run
         again = {"after_round": round, **_machine(), "started_at": _now(), "command": _command()}
         known.setdefault("resumed", []).append(again)
         storage.write_json(self.environment_path, known)

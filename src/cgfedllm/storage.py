@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from cgfedllm.errors import CheckpointError, StorageError
 
@@ -157,11 +158,23 @@ def read_json(path: StrPath) -> Any:
         If the file is missing, unreadable or not JSON; the message names it.
     """
     try:
-        return json.loads(Path(path).read_bytes())
+        return parse_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON that may be damaged, or somebody else's.
+
+    Raises
+    ------
+    ValueError
+        If it is none, goes too deep, or holds text that cannot be written again (half of a
+        surrogate pair).
+    """
+    return from_json(text)
 
 
 def save_tensors(
@@ -215,7 +228,7 @@ def load_tensors(path: StrPath) -> tuple[dict[str, AnyArray], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except TypeError as error:  # bfloat16, of which numpy knows nothing
+    except (TypeError, AttributeError) as error:  # bfloat16 and float8: numpy has no such types
         raise CheckpointError(
             f"{path} holds values of a type that cannot be read here ({error}); "
             "save it again as float32"

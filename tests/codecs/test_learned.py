@@ -390,7 +390,7 @@ def test_damaged_states_are_refused() -> None:
     import zstandard
 
     bomb = zstandard.ZstdCompressor().compress(bytes(10**7))
-    with pytest.raises(CodecStateError, match="10000000 bytes in it"):
+    with pytest.raises(CodecStateError, match=r"damaged: .* of 10000000 bytes"):
         CODEC.unpack_state(bomb, SPEC)
     with pytest.raises(CodecStateError, match=r"float32\(24, 3\), not float32\(24, 6\)"):
         make_codec("learned", {"directions": 5}).check_state(state, SPEC)

@@ -101,6 +101,7 @@ class Wrapped:
             summed=config.aggregation == "sum",
             min_replies=config.min_clients,
             client_name=name_of,
+            max_norm=config.max_update_norm,
         )
 
     def send(self, round_: int, adapter: AdapterUpdate) -> list[Message]:
@@ -492,11 +493,11 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message, AdapterSpec], Message], str]] = 
     "no metrics": (lambda reply, spec: without(reply, METRICS), "no metrics"),
     "NaN metrics": (
         lambda reply, spec: with_metrics(reply, train_loss=float("nan")),
-        "not finite: train-loss",
+        "from 0 to 1e60: train-loss",
     ),
     "infinite examples": (
         lambda reply, spec: with_metrics(reply, num_examples=float("inf")),
-        "not finite: num-examples",
+        "from 0 to 1e60: num-examples",
     ),
     "zero examples": (
         lambda reply, spec: with_metrics(reply, num_examples=0),
@@ -504,11 +505,46 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message, AdapterSpec], Message], str]] = 
     ),
     "negative examples": (
         lambda reply, spec: with_metrics(reply, num_examples=-5),
-        "must be a positive count",
+        "from 0 to 1e60: num-examples",
     ),
     "huge examples": (
         lambda reply, spec: with_metrics(reply, num_examples=2**60),
         "must be a positive count",
+    ),
+    "next to no examples": (
+        lambda reply, spec: with_metrics(reply, num_examples=1e-300),
+        "must be a positive count",
+    ),
+    "number beyond all floats": (
+        lambda reply, spec: with_metrics(reply, tokens=10**400),
+        "from 0 to 1e60: tokens",
+    ),
+    "negative seconds": (
+        lambda reply, spec: with_metrics(reply, train_seconds=-1.0),
+        "from 0 to 1e60: train-seconds",
+    ),
+    "many metrics": (
+        lambda reply, spec: with_metrics(reply, **{f"x{i}": 1 for i in range(100)}),
+        "at most 64",
+    ),
+    "long metric": (lambda reply, spec: with_metrics(reply, **{"x" * 100: 1}), "too long"),
+    "metric with escapes": (
+        lambda reply, spec: with_metrics(reply, **{"\x1b[2Jx": float("nan")}),
+        "from 0 to 1e60: ?[2Jx",
+    ),
+    "error with escapes": (
+        lambda reply, spec: Message(
+            Error(2, "\x1b]0;owned\x07 over\n two lines"), reply_to=reply.request
+        ),
+        "?]0;owned? over two lines",
+    ),
+    "error of white space": (
+        lambda reply, spec: Message(Error(2, " \r\n"), reply_to=reply.request),
+        "no reason given",
+    ),
+    "error without end": (
+        lambda reply, spec: Message(Error(2, "a" * 10**7), reply_to=reply.request),
+        "a" * 1000 + "...",
     ),
     "list of examples": (
         lambda reply, spec: with_metrics(reply, num_examples=[1, 2]),
@@ -626,3 +662,50 @@ def test_one_decoded_reply_lives_at_a_time_however_many_clients(
     assert wrapped.aggregate(1, replies()) is not None
     assert len(alive) == clients
     assert most <= 2
+
+
+def test_an_update_beyond_float32_costs_only_its_own_share(
+    wrap: Callable[..., Wrapped], spec: AdapterSpec
+) -> None:
+    most = AdapterUpdate(spec, np.full(spec.size, 3e38, np.float32))
+    wrapped = wrap()
+    first, *others = wrapped.send(1, most)
+    zeros = AdapterUpdate.zeros(spec)
+    packet = wrapped.codec.encode(most, CodecContext(spec, 1, SEED))
+    replies = [wrapped.reply(message, wrapped.start, 1) for message in others]
+    hostile = with_packet(wrapped.reply(first, wrapped.start + zeros, 1), packet)
+    result = wrapped.aggregate(1, [hostile, *replies])
+    assert result is not None
+    assert result.is_finite()
+    assert wrapped.strategy.tally.failures == [
+        (name_of(NODES[0]), "the update leads to values beyond float32; it is left out")
+    ]
+
+
+def test_an_update_too_large_for_diagnostics_leaves_them_out(
+    wrap: Callable[..., Wrapped], spec: AdapterSpec
+) -> None:
+    wrapped = wrap()
+    first, *others = wrapped.send(1, AdapterUpdate.zeros(spec))
+    huge = AdapterUpdate(spec, np.full(spec.size, 3e38, np.float32))
+    replies = [wrapped.reply(message, wrapped.start, 1) for message in others]
+    assert wrapped.aggregate(1, [wrapped.reply(first, huge, 1), *replies]) is not None
+    assert wrapped.strategy.tally.product_gap is None
+
+
+def test_an_update_with_a_larger_norm_than_allowed_is_left_out(
+    spec: AdapterSpec, grid: InProcessGrid, random_adapter: RandomAdapter
+) -> None:
+    bounded = Wrapped(spec, grid, max_update_norm=2.5)
+    start = random_adapter(0)
+    replies = []
+    for norm, message in enumerate(bounded.send(1, start)):
+        update = random_adapter(1 + norm)
+        own = start + update.scaled(norm / update.norm())
+        replies.append(bounded.reply(message, own, 1))
+    assert bounded.aggregate(1, replies) is not None
+    assert len(bounded.strategy.tally.received) == 3
+    assert bounded.strategy.tally.failures[-1] == (
+        name_of(NODES[-1]),
+        "the update's norm is 5; federation.max_update_norm is 2.5",
+    )

@@ -118,7 +118,7 @@ def test_inspect_of_a_codec_file_without_a_card(file: CodecFile, tmp_path: Path)
 def test_inspect_of_a_codec_file_whose_card_is_nonsense(
     file: CodecFile, tmp_path: Path, card: str
 ) -> None:
-    with pytest.raises(CodecStateError, match="its card is damaged"):
+    with pytest.raises(CodecStateError, match=r"its card is damaged|damaged: .*the card's cost"):
         inspect(write(tmp_path / "c.safetensors", file, card=card))
 
 

@@ -64,7 +64,7 @@ class Fitted:
                 if _holds(recording, facts)
                 for number in rounds
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise CodecStateError(
                 f"the codec file {self.name!r} does not say which updates it was fitted on "
                 f"({error!r}), so no measurement of it could be trusted; pre-train again"

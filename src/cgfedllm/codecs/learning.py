@@ -12,6 +12,7 @@ is not a codec's business: see `tgap/` for the first arrow and `federation/` for
 from __future__ import annotations
 
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from cgfedllm.codecs.base import Codec, CodecState, Start
 from cgfedllm.errors import CodecStateError
 
 Array = NDArray[Any]
+StateShapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Shape and type of each array of a state."""
 
 
 class Updates(Protocol):
@@ -155,6 +158,15 @@ class LearnedCodec(Codec):
         """
         return {}
 
+    def state_shapes(self, spec: AdapterSpec) -> StateShapes:
+        """Shape and type of each array of a state, by name.
+
+        Options may come from elsewhere, with a state: a codec whose options decide how large its
+        states are says so here without making one.
+        """
+        tensors = self.initial_state(spec).tensors
+        return {name: (array.shape, array.dtype) for name, array in tensors.items()}
+
     def check_state(self, state: CodecState, spec: AdapterSpec) -> None:
         """Verify that a state fits this codec, its options and an adapter.
 
@@ -163,20 +175,19 @@ class LearnedCodec(Codec):
         CodecStateError
             If an array is missing, too many, of another shape or type, or not finite.
         """
-        wanted = self.initial_state(spec).tensors
+        wanted = self.state_shapes(spec)
         if set(wanted) != set(state.tensors):
             odd = sorted(set(wanted) ^ set(state.tensors))
             raise CodecStateError(
                 f"the state is not one of codec {self.name!r} with these options: "
                 f"{odd[0]!r} is {'missing' if odd[0] in wanted else 'unknown'}"
             )
-        for name, array in wanted.items():
+        for name, (shape, dtype) in wanted.items():
             found = state.tensors[name]
-            if (found.shape, found.dtype) != (array.shape, array.dtype):
+            if (found.shape, found.dtype) != (shape, dtype):
                 raise CodecStateError(
                     f"the state is not one of codec {self.name!r} with these options and this "
-                    f"adapter: {name!r} is {found.dtype}{found.shape}, not "
-                    f"{array.dtype}{array.shape}"
+                    f"adapter: {name!r} is {found.dtype}{found.shape}, not {dtype}{shape}"
                 )
             if found.dtype.kind == "f" and not np.isfinite(found).all():
                 raise CodecStateError(f"the state is damaged: {name!r} holds NaN or infinity")
@@ -212,25 +223,27 @@ class LearnedCodec(Codec):
                 f"a state of {len(blob)} bytes; codec {self.name!r} has at most {limit} here"
             )
         try:
-            header = int.from_bytes(blob[:8], "little")
-            metadata = _metadata(blob, header)
+            # before the header is parsed again: this checks it, how deep it goes included
             tensors = load(blob)
-            version = int(metadata["version"])
+            version = int(_metadata(blob)["version"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CodecStateError(f"the state is damaged: {error!r}") from None
         if not 0 <= version < 2**32:
-            raise CodecStateError(f"the state is damaged: its version is {version}")
+            raise CodecStateError("the state is damaged: its version is not from 0 to 2^32 - 1")
         state = CodecState.of(tensors, version)
         self.check_state(state, spec)
         return state
 
     def state_limit(self, spec: AdapterSpec) -> int:
         """Longest packed state that can make sense, in bytes."""
-        tensors = self.initial_state(spec).tensors
-        return sum(array.nbytes + 256 + 4 * len(name) for name, array in tensors.items()) + 4096
+        return 4096 + sum(
+            math.prod(shape) * dtype.itemsize + 256 + 4 * len(name)
+            for name, (shape, dtype) in self.state_shapes(spec).items()
+        )
 
 
-def _metadata(blob: bytes, header: int) -> dict[str, str]:
+def _metadata(blob: bytes) -> dict[str, str]:
+    header = int.from_bytes(blob[:8], "little")
     found = json.loads(blob[8 : 8 + header])
     if not isinstance(found, dict) or not isinstance(found.get("__metadata__"), dict):
         raise ValueError("no metadata")

@@ -20,7 +20,8 @@ from pydantic import Field
 from cgfedllm.adapter import AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import Codec, CodecContext, CodecOptions, register
 from cgfedllm.codecs.bf16 import from_bfloat16, to_bfloat16
-from cgfedllm.codecs.parts.frames import decompressed
+from cgfedllm.codecs.parts.frames import FrameError, open_frame
+from cgfedllm.errors import PacketError
 
 
 class ZstdOptions(CodecOptions):
@@ -62,7 +63,11 @@ class Zstd(Codec):
         return zstandard.ZstdCompressor(level=self.options.level).compress(planes.data)
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
-        raw = decompressed(payload, self._width * context.spec.size, self.name)
+        size = self._width * context.spec.size
+        try:
+            raw = open_frame(payload, least=size, most=size)
+        except FrameError as error:
+            raise PacketError(f"{self.name}: the payload cannot be read: {error}") from None
         planes = np.frombuffer(raw, np.uint8).reshape(self._width, -1)
         values = np.ascontiguousarray(planes.T).reshape(-1)
         if self.lossless:

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 
 _UNSAFE = re.compile(r"[^\w.+-]+")
 _LONGEST = 64
+# of a name and of the number behind it
+_LONGEST_NUMBERED = _LONGEST + 11
 
 
 def safe_names(values: Sequence[str]) -> list[str]:
@@ -28,6 +30,13 @@ def safe_names(values: Sequence[str]) -> list[str]:
         taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether `safe_names` can have made this name."""
+    return (
+        0 < len(name) <= _LONGEST_NUMBERED and not _UNSAFE.search(name) and name == name.strip("-.")
+    )
 
 
 def numbered_names(count: int) -> list[str]:

@@ -12,10 +12,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecState
@@ -23,11 +24,21 @@ from cgfedllm.config import Config
 from cgfedllm.errors import CheckpointError
 from cgfedllm.federation.codec_state import CodecSnapshot
 from cgfedllm.metrics import RoundRecord
-from cgfedllm.storage import load_tensors, save_tensors
+from cgfedllm.storage import load_tensors, parse_json, save_tensors
 
 FORMAT = "1"
 _KEEP = 2
 _STRATEGY, _CODEC = "strategy/", "codec/"
+
+
+@dataclass(frozen=True)
+class _AboutCodec:
+    version: Annotated[int, Field(ge=0, lt=2**32)]
+    held: dict[str, int]
+
+
+_ABOUT_CODEC = TypeAdapter(_AboutCodec)
+_HELD = TypeAdapter(dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -136,14 +147,14 @@ def load_checkpoint(path: Path, spec: AdapterSpec, config: Config) -> Checkpoint
             round=int(metadata["round"]),
             adapter=AdapterUpdate(spec, tensors["adapter"]),
             reference=AdapterUpdate(spec, tensors["reference"]),
-            held={str(k): int(v) for k, v in json.loads(metadata["held"]).items()},
+            held=_HELD.validate_json(metadata["held"]),
             increment=tensors["increment"].tobytes() if "increment" in tensors else None,
-            strategy=_below(_STRATEGY, tensors),
-            record=RoundRecord.from_dict(json.loads(metadata["record"])),
+            strategy=_moments(tensors, spec),
+            record=RoundRecord.from_dict(parse_json(metadata["record"])),
             previous=AdapterUpdate(spec, tensors["previous"]) if "previous" in tensors else None,
-            codec=_codec(tensors, json.loads(metadata["codec"])) if "codec" in metadata else None,
+            codec=_codec(tensors, metadata["codec"]) if "codec" in metadata else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is incomplete: {error!r}; use an earlier one") from error
 
 
@@ -174,11 +185,21 @@ def config_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _codec(tensors: dict[str, NDArray[Any]], about: dict[str, Any]) -> CodecSnapshot:
+def _moments(tensors: dict[str, NDArray[Any]], spec: AdapterSpec) -> dict[str, NDArray[Any]]:
+    """The server optimiser's: each as long as the adapter."""
+    moments = _below(_STRATEGY, tensors)
+    for name, values in moments.items():
+        if values.shape != (spec.size,) or values.dtype.kind != "f":
+            raise ValueError(f"{name!r} is {values.dtype}{values.shape}")
+    return moments
+
+
+def _codec(tensors: dict[str, NDArray[Any]], about: str) -> CodecSnapshot:
     increment = tensors.get("codec-increment")
+    known = _ABOUT_CODEC.validate_json(about)
     return CodecSnapshot(
-        state=CodecState.of(_below(_CODEC, tensors), int(about["version"])),
-        held={str(client): int(version) for client, version in about["held"].items()},
+        state=CodecState.of(_below(_CODEC, tensors), known.version),
+        held=known.held,
         increment=None if increment is None else increment.tobytes(),
     )
 

@@ -11,9 +11,11 @@ In the flush after the last round the mod answers alone: residual in, packet out
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -66,6 +68,7 @@ from cgfedllm.federation.messages import (
     packet_limit,
     packet_of,
     packet_record,
+    whole_number,
 )
 from cgfedllm.federation.node import node_data, node_workspace, state_folder
 from cgfedllm.federation.secure_client import ACTIONS, WITHHELD, answer, encode_within, masked
@@ -164,7 +167,7 @@ def train(message: Message, context: Context) -> Message:
     session = open_session(message, context)
     workspace, name = session.workspace, session.data.name
     config = message.content.config_records[CONFIG]
-    round_ = _round(config)
+    round_ = whole_number(config, SERVER_ROUND)
     start = adapter_of(workspace.spec, message.content.array_records[ARRAYS])
     keep = workspace.config.training.keep_optimizer
     directions = context.state.array_records.get(_DIRECTIONS)
@@ -173,7 +176,7 @@ def train(message: Message, context: Context) -> Message:
         workspace.examples(session.data, "train"),
         client=name,
         round=round_,
-        proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+        proximal_mu=_proximal_mu(config),
         optimizer_state=session.state.optimizer(round_) if keep else None,
         directions=None if directions is None else _arrays(directions),
     )
@@ -266,11 +269,9 @@ def make_client_app(*mods: ClientMod) -> ClientApp:
 def _receive(session: ClientSession, content: RecordDict) -> AdapterUpdate:
     workspace, spec = session.workspace, session.workspace.spec
     config = content.config_records.get(CONFIG)
-    if config is None or KIND not in config or VERSION not in config:
+    if config is None or KIND not in config:
         raise PacketError("the message carries no broadcast; is the server another app?")
-    kind, version = str(config[KIND]), int(config[VERSION])  # type: ignore[arg-type]
-    if kind not in ("full", "increment", "hold"):
-        raise PacketError(f"broadcast kind {kind!r} is not known here")
+    kind, version = _kind(config, KIND), whole_number(config, VERSION)
     blob = b"" if kind == "hold" else packet_of(content, limit=packet_limit(spec))
     base_version = {"full": None, "increment": version - 1, "hold": version}[kind]
     base = None if base_version is None else session.state.reference(base_version)
@@ -299,13 +300,16 @@ def _receive_codec(session: ClientSession, content: RecordDict) -> StatefulCodec
         raise CodecStateError(
             f"the message says nothing of the state of codec {name!r}; is the server another app?"
         )
-    kind, version = str(config[CODEC_KIND]), int(config[CODEC_VERSION])  # type: ignore[arg-type]
-    if kind not in ("full", "increment", "hold"):
-        raise CodecStateError(f"codec state of a kind {kind!r} that is not known here")
+    kind, version = _kind(config, CODEC_KIND), whole_number(config, CODEC_VERSION)
+    announced = config[CODEC_HASH]
+    if not isinstance(announced, bytes):
+        raise CodecStateError(
+            "the hash of the codec state is not bytes; is the server another app?"
+        )
     blob = b"" if kind == "hold" else codec_state_of(content)
     base_version = {"full": None, "increment": version - 1, "hold": version}[kind]
     base = None if base_version is None else _held_codec(session, base_version)
-    broadcast = CodecBroadcast(kind, version, config[CODEC_HASH], blob)  # type: ignore[arg-type]
+    broadcast = CodecBroadcast(kind, version, announced, blob)
     received = receive_state(broadcast, name, workspace.spec, base)
     if kind != "hold" and not workspace.config.federation.stateless:
         session.state.save_codec(received)
@@ -324,7 +328,7 @@ def _previous(session: ClientSession, config: ConfigRecord) -> AdapterUpdate | N
     """What the update may be coded against: the server's, if this client holds the very same."""
     if PREVIOUS not in config:
         return None
-    change = session.state.change(int(config[VERSION]))  # type: ignore[arg-type]
+    change = session.state.change(whole_number(config, VERSION))
     if change is None or fingerprint(change) != config[PREVIOUS]:
         return None  # new here, or away for a while: the update is coded on its own
     return change
@@ -336,7 +340,9 @@ def _flush(session: ClientSession, content: RecordDict) -> RecordDict:
     Nothing is written, so that a flush that is asked for again is answered again.
     """
     workspace, uplink = session.workspace, session.workspace.config.uplink
-    round_ = _round(content.config_records[CONFIG])
+    round_ = whole_number(content.config_records[CONFIG], SERVER_ROUND)
+    if not uplink.flush:
+        raise PacketError("the server asks for a flush, and uplink.flush names no codec for one")
     residual = session.state.residual(round_)
     if residual is None:
         return RecordDict({CONFIG: ConfigRecord({STATUS: [NO_RESIDUAL]})})
@@ -368,7 +374,8 @@ def _send(
     """Replace the trained adapter in a reply by the packet of its change."""
     workspace, name = session.workspace, session.data.name
     spec, uplink = workspace.spec, workspace.config.uplink
-    trained, round_ = adapter_of(spec, content.array_records[ARRAYS]), _round(config)
+    trained = adapter_of(spec, content.array_records[ARRAYS])
+    round_ = whole_number(config, SERVER_ROUND)
     began = time.perf_counter()
     feedback = workspace.config.keeps_residual
     update, previous = trained - start, _previous(session, config)
@@ -440,5 +447,15 @@ def _arrays(record: ArrayRecord) -> dict[str, Float32Array]:
     return {key: np.asarray(array.numpy(), np.float32) for key, array in record.items()}
 
 
-def _round(config: ConfigRecord) -> int:
-    return int(config[SERVER_ROUND])  # type: ignore[arg-type]
+def _kind(config: ConfigRecord, key: str) -> Literal["full", "increment", "hold"]:
+    match config[key]:
+        case "full" | "increment" | "hold" as kind:
+            return kind
+    raise PacketError(f"a {key} that is not full, increment or hold is not known here")
+
+
+def _proximal_mu(config: ConfigRecord) -> float:
+    mu = config.get("proximal-mu", 0.0)
+    if not isinstance(mu, int | float) or not 0 <= mu < math.inf:
+        raise PacketError("the message's proximal-mu is not a finite number from 0")
+    return float(mu)

@@ -65,7 +65,8 @@ class ClientState:
             If it belongs to another adapter.
         """
         found = self._received("reference", version)
-        return None if found is None else AdapterUpdate(self._spec, found[0]["values"])
+        values = None if found is None else found[0].get("values")
+        return None if values is None else AdapterUpdate(self._spec, values)
 
     def save_reference(self, version: int, adapter: AdapterUpdate) -> None:
         """Keep a received global adapter."""

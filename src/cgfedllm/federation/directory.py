@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeGuard
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from cgfedllm import __version__, events
+from cgfedllm.data.names import is_safe_name
 from cgfedllm.errors import CgFedLlmError, FederationError
-from cgfedllm.federation.messages import CONFIG
+from cgfedllm.federation.messages import CONFIG, MOST_COUNTED
 from cgfedllm.interrupt import check_interrupt
+from cgfedllm.text import printable
 
 POLL_SECONDS = 0.5
 # of flwr.common.constant.ErrorCode: what Flower answers for a node that is not there
 _AWAY_CODES = (3, 4, 5)
 _GREET_AGAIN_SECONDS = 30.0
 STRAY = "a reply that nobody waits for (a second one, or one that came too late) is not used"
+_REASONS_SHOWN = 5
 
 
 class Directory:
@@ -88,17 +92,17 @@ class Directory:
 
     def refusals(self) -> str:
         """Why nodes were left out, each reason once; nothing if none was."""
-        reasons = dict.fromkeys(self._refused.values())
+        reasons = list(dict.fromkeys(self._refused.values()))[:_REASONS_SHOWN]
         return f". {len(self._refused)} were left out: {'; '.join(reasons)}" if reasons else ""
 
     def _note_away(self, node: int, reason: str) -> None:
         if node not in self._away:
-            text = f"node {node} is not there and will be greeted again: {reason}"
+            text = f"node {node} is not there and will be greeted again: {printable(reason)}"
             events.publish(events.Notice(text, "warning"))
         self._away[node] = time.monotonic()
 
     def _refuse(self, node: int, reason: str) -> None:
-        self._refused[node] = reason
+        self._refused[node] = reason = printable(reason) or "no reason given"
         events.publish(events.Notice(f"node {node} is left out: {reason}", "warning"))
 
     def _stray(self, reply: Message) -> None:
@@ -109,20 +113,33 @@ class Directory:
         if reply.has_error():
             raise FederationError(reply.error.reason or "it answered with an error")
         about = reply.content.config_records.get(CONFIG, ConfigRecord())
-        if not {"client", "release", "spec"} <= set(about):
+        name, release, spec = (about.get(key) for key in ("client", "release", "spec"))
+        if not (isinstance(name, str) and isinstance(release, str) and isinstance(spec, str)):
             raise FederationError("it does not answer as a client of this app does")
-        name = str(about["client"])
-        if about["release"] != __version__:
-            raise FederationError(f"{name} runs release {about['release']!s}, not {__version__}")
-        if about["spec"] != self._spec_hash:
+        if not is_safe_name(name):
+            # it goes into logs, reports and the names of curves
+            raise FederationError(f"{printable(name, 40)!r} is no name that a client can have")
+        if release != __version__:
+            raise FederationError(
+                f"{name} runs release {printable(release, 40)}, not {__version__}"
+            )
+        if spec != self._spec_hash:
             raise FederationError(
                 f"{name} has another adapter (other base model, rank or target modules)"
             )
-        if any(known == name and node in present for node, known in self._names.items()):
-            raise FederationError(f"a client named {name!r} is connected already")
-        counts = {key: about.get(key, 0) for key in ("rows", "rows-cut", "rows-dropped")}
-        self._rows[name] = Counter({k: n for k, n in counts.items() if isinstance(n, int)})
+        # some file systems, and some people, do not tell upper from lower case
+        taken = {
+            known.casefold(): known for node, known in self._names.items() if node in present
+        }.get(name.casefold())
+        if taken is not None:
+            raise FederationError(f"a client named {taken!r} is connected already")
+        counts = {key: about.get(key) for key in ("rows", "rows-cut", "rows-dropped")}
+        self._rows[name] = Counter({k: n for k, n in counts.items() if _is_count(n)})
         return name
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COUNTED
 
 
 class NamedGrid(Grid):

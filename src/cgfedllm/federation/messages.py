@@ -8,7 +8,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs.packet import MAX_UINT32
 from cgfedllm.errors import AdapterError, CodecStateError, PacketError, SecureAggregationError
+from cgfedllm.text import printable
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -48,6 +50,13 @@ SESSION, NAMES, KEYS, SEALED, PLACES, SHARES = (
 STATUS = "status"
 REFERENCE_MISSING, CODEC_MISSING = "reference-missing", "codec-missing"
 NO_RESIDUAL = "no-residual"
+
+MOST_COUNTED = 2**53
+"""Largest count that a client can mean: those beyond it are not exact in float64 any more."""
+_LARGEST_METRIC = 1e60
+"""Norms of float32 values are far below; sums over clients and rounds stay finite."""
+_MOST_METRICS = 64
+_LONGEST_METRIC = 64
 
 
 def packet_record(blob: bytes) -> ArrayRecord:
@@ -156,21 +165,46 @@ def blob_of(record: ArrayRecord | None, name: str, stype: str) -> bytes | None:
 
 
 def numbers_of(content: RecordDict) -> dict[str, float]:
-    """The metrics in a reply that are single numbers.
+    """The metrics in a reply that are single numbers: counts, seconds, losses and norms.
 
     Raises
     ------
     PacketError
-        If there are no metrics, or one of them is not finite.
+        If there are no metrics, more than make sense, or one of them is not a number from 0 to
+        1e60.
     """
     record = content.metric_records.get(METRICS)
     if record is None:
         raise PacketError("the reply carries no metrics; is it from another app?")
-    numbers = {name: float(v) for name, v in record.items() if isinstance(v, int | float)}
-    bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+    if len(record) > _MOST_METRICS or any(len(name) > _LONGEST_METRIC for name in record):
+        raise PacketError(
+            f"the reply's metrics are {len(record)}, or have names that are too long; at most "
+            f"{_MOST_METRICS} with names of {_LONGEST_METRIC} characters make sense"
+        )
+    numbers = {name: v for name, v in record.items() if isinstance(v, int | float)}
+    # as they are: an integer may be beyond all floats
+    bad = sorted(name for name, value in numbers.items() if not 0 <= value <= _LARGEST_METRIC)
     if bad:
-        raise PacketError(f"the reply's metrics are not finite: {', '.join(sorted(bad))}")
-    return numbers
+        names = printable(", ".join(bad))
+        raise PacketError(f"the reply's metrics are not numbers from 0 to 1e60: {names}")
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def whole_number(config: ConfigRecord, key: str) -> int:
+    """A round or a version in a message.
+
+    Raises
+    ------
+    PacketError
+        If it is not there, or not a whole number from 0 to 2^32 - 1.
+    """
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_UINT32:
+        raise PacketError(
+            f"the message has no {key!r} that is a whole number from 0 to 2^32 - 1; "
+            "is the server another app?"
+        )
+    return value
 
 
 def packet_limit(spec: AdapterSpec) -> int:

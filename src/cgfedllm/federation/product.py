@@ -51,21 +51,28 @@ class ProductGap:
         """Take in one client's adapter (not its change)."""
         views = adapter.views()
         for (a, b), total in zip(self._pairs, self._sums, strict=True):
-            total += weight * (views[b.name] @ (views[a.name] @ self._probes[a.shape[1]]))
+            total += weight * self._product(views[b.name], views[a.name])
         self._weight += weight
 
     def value(self, average: AdapterUpdate) -> float | None:
-        """The gap to `average`, the factors averaged apart; None without products."""
+        """The gap to `average`, the factors averaged apart; None without finite products."""
         if not self._pairs or self._weight == 0:
             return None
         views = average.views()
         difference = norm = 0.0
         for (a, b), total in zip(self._pairs, self._sums, strict=True):
             mean = total / self._weight
-            apart = views[b.name] @ (views[a.name] @ self._probes[a.shape[1]])
+            apart = self._product(views[b.name], views[a.name])
+            if not (np.isfinite(mean).all() and np.isfinite(apart).all()):
+                return None
             difference += float(np.square(mean - apart).sum())
             norm += float(np.square(mean).sum())
         return float(np.sqrt(difference / norm)) if norm > 0 else None
+
+    def _product(self, b: Float32Array, a: Float32Array) -> Float64Array:
+        """``B A`` times the probes; not finite if a client sent what is too large for that."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(b @ (a @ self._probes[a.shape[1]]), np.float64)
 
 
 class ProductAverage(FedAvg):

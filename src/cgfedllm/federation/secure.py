@@ -242,4 +242,4 @@ class SecureStrategy(CompressedStrategy):
         return answers
 
     def _fail(self, client: str, reason: object) -> None:
-        self.tally.failures.append((client, str(reason)))
+        self.tally.fail(client, str(reason))

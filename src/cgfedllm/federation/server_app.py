@@ -165,6 +165,7 @@ class Server:
             origin=self._workspace.start,
             run=self._folder.key,
             screening=None if self._central else federation.screening,
+            max_norm=federation.max_update_norm,
         )
 
     def _private(self) -> tuple[PrivacyPlan, Ledger] | None:
@@ -345,11 +346,11 @@ class Server:
             yield reply
         for node in by_node:
             reason = f"no reply within {self._timeout:g} s"
-            self._strategy.tally.failures.append((self._directory.name(node), reason))
+            self._strategy.tally.fail(self._directory.name(node), reason)
 
     def _stray(self, reply: Message) -> None:
         name = self._directory.name(reply.metadata.src_node_id)
-        self._strategy.tally.failures.append((name, STRAY))
+        self._strategy.tally.fail(name, STRAY)
 
     def _tell_privacy(self, plan: PrivacyPlan) -> None:
         events.publish(events.Notice(plan.describe(self._workspace.spec.size)))
@@ -464,7 +465,7 @@ class Server:
                         raise FederationError(reply.error.reason or "it answered with an error")
                     metrics = numbers_of(reply.content)
                 except CgFedLlmError as error:
-                    self._strategy.tally.failures.append((name, str(error)))
+                    self._strategy.tally.fail(name, str(error))
                     continue
                 if "nll" in metrics:
                     record.client_nll[name] = metrics["nll"]

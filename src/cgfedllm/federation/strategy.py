@@ -12,6 +12,7 @@ privacy) refuse strategies that override `aggregate_train`.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,7 @@ from cgfedllm.federation.messages import (
     CONFIG,
     KIND,
     METRICS,
+    MOST_COUNTED,
     NUM_EXAMPLES,
     PREVIOUS,
     REFERENCE_MISSING,
@@ -59,6 +61,7 @@ from cgfedllm.federation.product import ProductGap
 from cgfedllm.federation.screening import Screen, Screened, Sketch
 from cgfedllm.federation.strategies import averages_first, rebase
 from cgfedllm.seeding import derive_seed
+from cgfedllm.text import printable
 
 
 @dataclass
@@ -79,6 +82,8 @@ class _Decoded:
     reply: Message
     received: Received
     update: AdapterUpdate
+    adapter: AdapterUpdate
+    """What the update leads to."""
 
 
 @dataclass
@@ -119,6 +124,10 @@ class RoundTally:
     screened: dict[str, Screened] = field(default_factory=dict)
     product_gap: float | None = None
 
+    def fail(self, client: str, reason: str) -> None:
+        """Note why a client's reply does not count; the reason may be the client's own words."""
+        self.failures.append((client, printable(reason) or "no reason given"))
+
     def next_attempt(self) -> RoundTally:
         """For another attempt at the round: what was sent stays sent."""
         return replace(self, received=[], screened={}, product_gap=None)
@@ -157,6 +166,8 @@ class CompressedStrategy(Strategy):
         By which clients tell this run from others.
     screening : ScreeningConfig, optional
         What is odd about an update, and whether it is left out then. None: nothing is screened.
+    max_norm : float, optional
+        Updates with a larger Euclidean norm are left out.
     """
 
     def __init__(
@@ -175,6 +186,7 @@ class CompressedStrategy(Strategy):
         origin: AdapterUpdate | None = None,
         run: str = "",
         screening: ScreeningConfig | None = None,
+        max_norm: float | None = None,
     ) -> None:
         self.inner = inner
         self.tally = RoundTally()
@@ -192,6 +204,7 @@ class CompressedStrategy(Strategy):
         self._name = client_name
         self._run = run
         self._origin = None if origin is None else origin.vector
+        self._max_norm = math.inf if max_norm is None else max_norm
         self._global = AdapterUpdate.zeros(spec)
         screens = screening is not None and screening.mode != "off"
         self._screening = screening if screens else None
@@ -278,7 +291,7 @@ class CompressedStrategy(Strategy):
         inputs: list[Message] = []
         for one in self._screened(server_round, replies):
             self._accept(server_round, one)
-            reply, adapter, weight = one.reply, self._global + one.update, one.received.weight
+            reply, adapter, weight = one.reply, one.adapter, one.received.weight
             del one  # its update weighs as much as an adapter, and the next is decoded soon
             gap.add(adapter, weight)
             mean.add(adapter, weight)
@@ -325,7 +338,7 @@ class CompressedStrategy(Strategy):
             client = self._name(reply.metadata.src_node_id)
             found = self.tally.screened.get(client)
             if found is not None and found.suspicion:
-                self.tally.failures.append((client, f"screened out: {found.suspicion}"))
+                self.tally.fail(client, f"screened out: {found.suspicion}")
             else:
                 yield self._open(reply, context)
 
@@ -340,7 +353,7 @@ class CompressedStrategy(Strategy):
                 one = self._open(reply, context)
             except CgFedLlmError as error:
                 client = self._name(reply.metadata.src_node_id)
-                self.tally.failures.append((client, str(error)))
+                self.tally.fail(client, str(error))
                 continue
             yield one
             del one
@@ -349,13 +362,14 @@ class CompressedStrategy(Strategy):
         began = time.perf_counter()
         packet = self._packet(reply)
         update = self._uplink.decode(packet, context)
+        adapter = self._added(update)
         metrics = numbers_of(reply.content)
         examples = examples_in(metrics)
         weight = examples if self._weighting == "examples" else 1.0
         client = self._name(reply.metadata.src_node_id)
         seconds = time.perf_counter() - began
         received = Received(client, weight, len(packet), seconds, metrics)
-        return _Decoded(reply, received, update)
+        return _Decoded(reply, received, update, adapter)
 
     def _packet(self, reply: Message) -> bytes:
         return packet_of(reply.content, limit=packet_limit(self._spec))
@@ -377,6 +391,19 @@ class CompressedStrategy(Strategy):
         # what clients hold, which a downlink that loses something keeps apart from the global one
         start = Start(self._broadcaster.reference.vector, self._origin)
         return CodecContext(self._spec, server_round, self._seed, state, known, start)
+
+    def _added(self, update: AdapterUpdate) -> AdapterUpdate:
+        """The adapter that an update leads to."""
+        if not update.norm() <= self._max_norm:
+            raise PacketError(
+                f"the update's norm is {update.norm():.3g}; federation.max_update_norm is "
+                f"{self._max_norm:g}"
+            )
+        with np.errstate(over="ignore"):
+            adapter = self._global + update
+        if not adapter.is_finite():
+            raise PacketError("the update leads to values beyond float32; it is left out")
+        return adapter
 
     def _previous(self) -> AdapterUpdate | None:
         """What updates may be coded against."""
@@ -442,6 +469,6 @@ def examples_in(metrics: dict[str, float]) -> float:
         If it does not say, or it is no count.
     """
     weight = metrics.get(NUM_EXAMPLES, 0.0)
-    if not 0 < weight < 2**53:
+    if not 1 <= weight <= MOST_COUNTED:
         raise PacketError(f"the reply's {NUM_EXAMPLES} is {weight}; it must be a positive count")
     return weight

@@ -26,7 +26,7 @@ import numpy as np
 import zstandard
 
 from cgfedllm.codecs.packet import MAX_UINT32
-from cgfedllm.codecs.parts.frames import decompressed
+from cgfedllm.codecs.parts.frames import FrameError, open_frame
 from cgfedllm.errors import CodecError, PacketError
 from cgfedllm.flower.arrays import DTYPES, AnyArray, Layout, may_become
 
@@ -141,11 +141,15 @@ def unpack_exact(frame: bytes, layout: Layout) -> dict[str, AnyArray]:
     PacketError
         If the frame is damaged, of another size than the arrays have, or holds what they cannot.
     """
-    if layout.exact_size:
-        return layout.read_exact(decompressed(frame, layout.exact_size, "exact values"))
-    if frame:
-        raise PacketError("the parcel holds exact values, and none are due")
-    return layout.read_exact(b"")
+    size = layout.exact_size
+    if not size:
+        if frame:
+            raise PacketError("the parcel holds exact values, and none are due")
+        return layout.read_exact(b"")
+    try:
+        return layout.read_exact(open_frame(frame, least=size, most=size))
+    except FrameError as error:
+        raise PacketError(f"the parcel's exact values cannot be read: {error}") from None
 
 
 def _types(table: bytes, held: Mapping[str, AnyArray]) -> dict[str, np.dtype[Any]]:

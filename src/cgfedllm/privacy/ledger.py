@@ -116,7 +116,7 @@ class Ledger:
             self._releases = [(int(number), str(digest)) for number, digest in tree["releases"]]
             if len(self._key) != KEY_BYTES:
                 raise ValueError("no key")
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        except (CheckpointError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise PrivacyError(
                 f"{self._path} is damaged ({error}), so what was spent of the privacy budget is "
                 "unknown; start a new run with a budget of its own"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from cgfedllm.report.summary import Summary, Traffic, summarise
 from cgfedllm.report.units import count_of, human_bytes, human_ratio, human_seconds
 from cgfedllm.report.weight_change import weight_changes
 from cgfedllm.runs import RunFolder
-from cgfedllm.storage import load_tensors, read_json
+from cgfedllm.storage import load_tensors, parse_json, read_json
+from cgfedllm.text import printable
 from cgfedllm.tgap.codec_file import is_codec_file, load_codec_file
 from cgfedllm.tgap.index import INDEX, is_recording
 from cgfedllm.tgap.recording import Recording
@@ -77,7 +77,12 @@ def inspect(path: str | Path) -> Inspection:
     CodecStateError
         If a codec file is damaged.
     """
-    path = Path(path)
+    found = _found(Path(path))
+    # most of it was written by others, and goes to a terminal
+    return replace(found, facts={printable(k, 80): printable(v) for k, v in found.facts.items()})
+
+
+def _found(path: Path) -> Inspection:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if path.is_dir():
@@ -100,7 +105,7 @@ def inspect(path: str | Path) -> Inspection:
     if start == MAGIC:
         return _packet(path)
     if path.name == _ADAPTER_CONFIG or path.name == _ADAPTER_WEIGHTS:
-        return inspect(path.parent)
+        return _found(path.parent)
     if path.name == INDEX and is_recording(path.parent):
         return _recording(path.parent)
     if is_codec_file(path):
@@ -156,6 +161,8 @@ def _adapter(path: Path) -> Inspection:
         spec = AdapterSpec.from_shapes({name: a.shape for name, a in tensors.items()})
     except AdapterError as error:
         raise CheckpointError(f"{path / _ADAPTER_WEIGHTS}: {error}") from None
+    if any(values.dtype.kind != "f" for values in tensors.values()):
+        raise CheckpointError(f"{path / _ADAPTER_WEIGHTS} holds values that are not floats")
     targets = config.get("target_modules")
     layers = {factor.layer for factor in spec if factor.layer is not None}
     finite = all(np.isfinite(a).all() for a in tensors.values())
@@ -163,7 +170,9 @@ def _adapter(path: Path) -> Inspection:
     facts = {
         "base model": str(config.get("base_model_name_or_path")),
         "method": f"{config.get('peft_type', '?')}, rank {rank}, alpha {alpha}",
-        "target modules": ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets),
+        "target modules": ", ".join(sorted(map(str, targets)))
+        if isinstance(targets, list)
+        else str(targets),
         "factors": f"{len(spec)} in {count_of(len(layers), 'layer')}",
         "parameters": f"{spec.size:,} ({human_bytes(4 * spec.size)} as fp32)",
         "values": "all finite" if finite else "NaN or infinity among them: do not use this adapter",
@@ -242,7 +251,8 @@ def _recording(path: Path) -> Inspection:
     config, environment = recording.config, recording.metadata["environment"]
     rounds, clients = recording.rounds(), recording.clients()
     entries = recording.entries
-    release = (environment.get("versions") or {}).get("cgfedllm", "?")
+    versions = environment.get("versions")
+    release = versions.get("cgfedllm", "?") if isinstance(versions, dict) else "?"
     losses = [
         sum(e.loss for e in members) / len(members)
         for members in ([e for e in entries if e.round == r] for r in (rounds[0], rounds[-1]))
@@ -280,7 +290,7 @@ def _codec(path: Path) -> Inspection:
     }
     try:
         facts |= _codec_card(file.card)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CodecStateError(f"{path}: its card is damaged ({error!r})") from None
     return Inspection("codec", path, facts)
 
@@ -345,7 +355,7 @@ def _tensors(path: Path) -> Inspection:
 def _checkpoint(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     try:
         spec = AdapterSpec.from_json(metadata["spec"])
-        record = RoundRecord.from_dict(json.loads(metadata["record"]))
+        record = RoundRecord.from_dict(parse_json(metadata["record"]))
     except (AdapterError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is incomplete: {error!r}") from None
     nll = record.heldout_nll

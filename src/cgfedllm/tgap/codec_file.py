@@ -26,12 +26,13 @@ from safetensors import SafetensorError, safe_open
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import CodecState, codec_class, make_codec
 from cgfedllm.codecs.learning import LearnedCodec
-from cgfedllm.errors import AdapterError, CheckpointError, CodecError, CodecStateError
-from cgfedllm.storage import StrPath, load_tensors, save_tensors
+from cgfedllm.errors import CheckpointError, CodecError, CodecStateError
+from cgfedllm.storage import StrPath, load_tensors, parse_json, save_tensors
 from cgfedllm.tgap.spec_difference import first_difference
 
 FORMAT = "cgfedllm-codec"
 VERSION = 1
+_LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class CodecFile:
         Raises
         ------
         CodecStateError
-            If this installation has no such codec, or another version of it.
+            If this installation has no such codec, or another version of it, or the codec refuses
+            the file's own options.
         CodecError
-            If the codec refuses an option.
+            If the codec refuses one of `options`.
         """
         try:
             found = codec_class(self.name)
@@ -85,6 +87,10 @@ class CodecFile:
                 f"installation has version {found.version}; use the release that wrote it, or "
                 "pre-train again"
             )
+        try:
+            make_codec(self.name, self.options)
+        except CodecError as error:
+            raise CodecStateError(f"the codec file is damaged: {error}") from None
         made = make_codec(self.name, {**self.options, **(options or {})})
         assert isinstance(made, LearnedCodec)
         return made
@@ -195,14 +201,14 @@ def load_codec_file(path: StrPath) -> CodecFile:
     try:
         state = CodecState.of(tensors, _natural(metadata["state_version"]))
         read = CodecFile(
-            name=metadata["codec"],
+            name=_name(metadata["codec"]),
             codec_version=_natural(metadata["codec_version"]),
             options=_table(metadata["options"]),
             spec=AdapterSpec.from_json(metadata["spec"]),
             state=state,
-            card=_table(metadata["card"]),
+            card=_card(metadata["card"]),
         )
-    except (KeyError, ValueError, RecursionError, AdapterError) as error:
+    except (KeyError, ValueError) as error:
         raise CodecStateError(f"{path} is damaged: {error!r}; pre-train again") from None
     if state.hash.hex() != metadata.get("state_hash"):
         raise CodecStateError(
@@ -210,6 +216,12 @@ def load_codec_file(path: StrPath) -> CodecFile:
             "where it came, or pre-train again"
         )
     return read
+
+
+def _name(text: str) -> str:
+    if not 0 < len(text) <= _LONGEST_NAME:  # it is shown, whole
+        raise ValueError(f"no codec has a name of {len(text)} characters")
+    return text
 
 
 def _natural(text: str) -> int:
@@ -220,7 +232,25 @@ def _natural(text: str) -> int:
 
 
 def _table(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"not a table: {text[:40]!r}")
     return value
+
+
+def _card(text: str) -> dict[str, Any]:
+    """A card, of which runs can use what they compute with."""
+    card = _table(text)
+    cost = card.get("cost", {})
+    if not isinstance(cost, dict):
+        raise ValueError("the card's cost is not a table")
+    for key in ("uplink_bytes", "downlink_bytes"):
+        spent = cost.get(key, 0)
+        if not isinstance(spent, int) or not 0 <= spent < 2**63:
+            raise ValueError(f"the card's {key} is not a number of bytes")
+    if not isinstance(cost.get("basis", ""), str):
+        raise ValueError("the card's basis of its cost is not a text")
+    federated = card.get("federated", [])
+    if not isinstance(federated, list) or not all(isinstance(run, dict) for run in federated):
+        raise ValueError("the card's federated runs are not a list of tables")
+    return card

@@ -9,7 +9,7 @@ from typing import Any
 
 from cgfedllm.codecs.learning import FitProgress
 from cgfedllm.errors import CheckpointError
-from cgfedllm.storage import load_tensors, save_tensors
+from cgfedllm.storage import load_tensors, parse_json, save_tensors
 
 FORMAT = "cgfedllm-fit"
 VERSION = "1"
@@ -50,8 +50,8 @@ def load_fit(path: Path, identity: Identity) -> FitProgress | None:
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise CheckpointError(f"{path} is no checkpoint of a fit, or one of another release")
     try:
-        check_identity(json.loads(metadata["identity"]), identity, path)
-        curve = tuple(dict(row) for row in json.loads(metadata["curve"]))
+        check_identity(parse_json(metadata["identity"]), identity, path)
+        curve = tuple(dict(row) for row in parse_json(metadata["curve"]))
         return FitProgress(curve, int(metadata["best"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -16,15 +16,18 @@ import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from cgfedllm import storage
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.config import Config, parse_config
-from cgfedllm.errors import AdapterError, CheckpointError, ConfigError, RecordingError
+from cgfedllm.data.names import is_safe_name
+from cgfedllm.errors import CheckpointError, ConfigError, RecordingError
+from cgfedllm.text import printable
 from cgfedllm.tgap.shards import SHARD_NAME
 
 FORMAT = "cgfedllm-recording"
@@ -169,12 +172,24 @@ def read_index(folder: Path) -> Index:
         raise RecordingError(
             f"{path}: this release does not accept the configuration in it: {error}"
         ) from None
-    except (KeyError, TypeError, ValueError, AdapterError, ValidationError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise RecordingError(f"{path} is damaged: {error!r}; record again") from None
     if spec.hash.hex() != tree.get("spec_hash"):
         raise RecordingError(f"{path} is damaged: its spec does not match its hash; record again")
     _check_places(path, index.entries)
+    _check_claims(path, index.entries)
     return index
+
+
+def _check_claims(path: Path, entries: Sequence[RecordedUpdate]) -> None:
+    """What is computed with, or shown, is what a writer can have written."""
+    for entry in entries:
+        sound = entry.round > 0 and 0 < entry.weight < inf and is_safe_name(entry.client)
+        if not sound:
+            raise RecordingError(
+                f"{path} is damaged: an update of round {entry.round}, client "
+                f"{printable(entry.client, 40)!r}, weight {entry.weight} cannot be"
+            )
 
 
 def _check_places(path: Path, entries: Sequence[RecordedUpdate]) -> None:

@@ -46,7 +46,14 @@ from cgfedllm.codecs.cg.latents import (
 from cgfedllm.codecs.cg.layout import Layout, layout_of
 from cgfedllm.codecs.cg.options import AutoEncoderOptions
 from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
-from cgfedllm.codecs.learning import FitProgress, FitSettings, LearnedCodec, OnEpoch, Updates
+from cgfedllm.codecs.learning import (
+    FitProgress,
+    FitSettings,
+    LearnedCodec,
+    OnEpoch,
+    StateShapes,
+    Updates,
+)
 from cgfedllm.codecs.parts.rows import count_rows
 from cgfedllm.errors import CodecError, CodecStateError
 
@@ -106,6 +113,17 @@ class AutoEncoderCodec(LearnedCodec):
     def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
         """Random weights, no rank vector turned over; the same on every machine."""
         return _initial_state(self.design, self.sign_count(spec), self.scaled, seed)
+
+    def state_shapes(self, spec: AdapterSpec) -> StateShapes:
+        """See `LearnedCodec.state_shapes`."""
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            name: (shape, np.dtype(np.float32)) for name, shape in _shapes(self.design)
+        }
+        if signs := self.sign_count(spec):
+            shapes[SIGNS] = (signs,), np.dtype(np.int8)
+        if self.scaled:
+            shapes[SCALE] = (1,), np.dtype(np.float32)
+        return shapes
 
     def check_state(self, state: CodecState, spec: AdapterSpec) -> None:
         """See `LearnedCodec.check_state`; a scale is also refused that nothing can be divided by.
@@ -220,6 +238,15 @@ class AutoEncoderCodec(LearnedCodec):
 def scale_of(tensors: Mapping[str, NDArray[Any]]) -> np.float32:
     """What a printed network's input is divided by, and its output multiplied with."""
     return np.float32(tensors[SCALE][0]) if SCALE in tensors else np.float32(1)
+
+
+@lru_cache(maxsize=16)
+def _shapes(design: Design) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    from cgfedllm.codecs.cg.nets import blank
+
+    counts = ".num_batches_tracked"  # torch's own, which states do without
+    found = blank(design).state_dict().items()
+    return tuple((n, tuple(values.shape)) for n, values in found if not n.endswith(counts))
 
 
 @lru_cache(maxsize=16)

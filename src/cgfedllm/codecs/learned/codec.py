@@ -44,6 +44,7 @@ from cgfedllm.codecs.parts.exponent import (
     scaled_back,
     write_exponent,
 )
+from cgfedllm.codecs.parts.frames import FrameError, open_frame
 from cgfedllm.codecs.parts.judging import Judged, judge
 from cgfedllm.codecs.parts.vectors import MODES, read_vectors, write_vectors
 from cgfedllm.codecs.rate import RateOptions, payload_bits
@@ -170,14 +171,8 @@ class Learned(LearnedCodec):
     ) -> CodecState:
         """Inverse of `pack_state`; see `LearnedCodec.unpack_state`."""
         try:
-            size = zstandard.get_frame_parameters(blob).content_size
-            if size > self.state_limit(spec):
-                raise CodecStateError(
-                    f"the state is damaged: {size} bytes in it, at most {self.state_limit(spec)} "
-                    "make sense"
-                )
-            whole = zstandard.ZstdDecompressor().decompress(blob, allow_extra_data=False)
-        except zstandard.ZstdError as error:
+            whole = open_frame(blob, least=0, most=self.state_limit(spec))
+        except FrameError as error:
             raise CodecStateError(f"the state is damaged: {error}") from None
         return super().unpack_state(whole, spec, base)
 

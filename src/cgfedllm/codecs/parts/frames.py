@@ -1,45 +1,50 @@
-"""Zstandard frames (RFC 8878) from somebody else, opened within bounds."""
+"""Zstandard frames from elsewhere, opened into no more memory than was expected."""
 
 from __future__ import annotations
 
 import zstandard
 
-from cgfedllm.errors import PacketError
-
 # no frame of a level up to 19 asks for a larger window (RFC 8878 advises to accept this much)
 _LARGEST_WINDOW = 8 << 20
 
 
-def decompressed(frame: bytes, size: int, who: str) -> bytes:
-    """Content of a frame that must hold exactly `size` bytes.
+class FrameError(ValueError):
+    """Bytes are no frame of the size expected; the caller says so by an error of its own."""
 
-    Whatever the frame claims is compared with `size` before anything is allocated.
+
+def open_frame(frame: bytes, *, least: int, most: int) -> bytes:
+    """Content of the one frame that these bytes are.
+
+    What a frame claims is compared with what the caller knows before anything is allocated.
 
     Parameters
     ----------
-    who : str
-        Whose payload it is, for messages.
+    least, most : int
+        Lengths that the content can have, in bytes.
 
     Raises
     ------
-    PacketError
-        If it is no frame, one of another size, or damaged.
+    FrameError
+        If it is damaged, does not say its size, has another one, needs a dictionary or a window
+        larger than its content and 8 MiB, or anything follows it.
     """
     try:
-        found = zstandard.get_frame_parameters(frame)
+        about = zstandard.get_frame_parameters(frame)
     except zstandard.ZstdError as error:
-        raise PacketError(f"{who}: payload is not a Zstandard frame ({error})") from None
-    if found.content_size == zstandard.CONTENTSIZE_UNKNOWN:
-        raise PacketError(f"{who}: payload is a frame that does not say its size")
-    if found.content_size != size or found.dict_id:
-        raise PacketError(
-            f"{who}: payload is a frame of {found.content_size} bytes with dictionary "
-            f"{found.dict_id}; this adapter needs {size} bytes and no dictionary"
+        raise FrameError(f"it is not a Zstandard frame ({error})") from None
+    size = about.content_size
+    if size == zstandard.CONTENTSIZE_UNKNOWN:
+        raise FrameError("it is a Zstandard frame that does not say its size")
+    if not least <= size <= most or about.dict_id:
+        wanted = f"{most} bytes" if least == most else f"{least} to {most} bytes"
+        raise FrameError(
+            f"it is a Zstandard frame of {size} bytes with dictionary {about.dict_id}; {wanted} "
+            "and no dictionary are needed"
         )
-    if found.window_size > max(size, _LARGEST_WINDOW):
-        raise PacketError(f"{who}: payload asks for a window of {found.window_size} bytes")
+    if about.window_size > max(most, _LARGEST_WINDOW):
+        raise FrameError(f"it is a Zstandard frame with a window of {about.window_size} bytes")
     try:
-        # content size is known and right: exactly that much is allocated, and must be filled
+        # the size is known and right: exactly that much is allocated, and must be filled
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise PacketError(f"{who}: payload is damaged ({error})") from None
+        raise FrameError(f"it is damaged ({error})") from None
