@@ -29,7 +29,7 @@ REASONS = {
     "stale": "packet round is 1, expected 2",
     "foreign state": "packet codec state hash",
     "not finite": "NaN or infinity",
-    "nan metrics": "not finite: train-loss",
+    "nan metrics": "not numbers from 0 to 1e60: train-loss",
     "mute": "does not carry one packet",
 }
 

@@ -452,5 +452,7 @@ def test_a_reply_that_nobody_asked_for_is_not_heard(make_grid: MakeGrid) -> None
             return own
 
     grid.__class__ = Forged
-    heard = [reply.metadata.src_node_id for reply in receive(grid, [asked], 5.0)]
+    strays: list[Message] = []
+    heard = [reply.metadata.src_node_id for reply in receive(grid, [asked], 5.0, strays.append)]
     assert heard == [2]
+    assert [reply.metadata.src_node_id for reply in strays] == [3, 2]

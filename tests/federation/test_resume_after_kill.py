@@ -103,6 +103,7 @@ def test_a_run_killed_anywhere_ends_as_the_unbroken_one(
     assert_no_temp_files(runs)
 
 
+@pytest.mark.slow
 def test_clients_that_are_away_for_rounds_are_resumed_too(
     run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any]
 ) -> None:
@@ -116,6 +117,7 @@ def test_clients_that_are_away_for_rounds_are_resumed_too(
     assert_same(runs, KILL.AGAIN_AND_AGAIN, outcome)
 
 
+@pytest.mark.slow
 def test_the_previous_aggregate_and_the_flush_are_resumed_too(
     run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any], delta_codec: str
 ) -> None:
@@ -132,6 +134,7 @@ def test_the_previous_aggregate_and_the_flush_are_resumed_too(
     assert (last["round"], last["flush"]) == (4, True)
 
 
+@pytest.mark.slow
 def test_what_the_uplink_codec_has_learned_is_resumed_too(
     run_scenarios: Callable[..., dict[str, Any]], outcome: Callable[..., Any], learned: ModuleType
 ) -> None:

@@ -186,10 +186,10 @@ def config_fingerprint(config: Config) -> str:
 
 
 def _moments(tensors: dict[str, NDArray[Any]], spec: AdapterSpec) -> dict[str, NDArray[Any]]:
-    """The server optimiser's: each as long as the adapter."""
+    """The server optimiser's, each as long as the adapter, and single numbers."""
     moments = _below(_STRATEGY, tensors)
     for name, values in moments.items():
-        if values.shape != (spec.size,) or values.dtype.kind != "f":
+        if values.shape not in ((spec.size,), (1,)) or values.dtype.kind != "f":
             raise ValueError(f"{name!r} is {values.dtype}{values.shape}")
     return moments
 
