@@ -47,7 +47,7 @@ ONES = AdapterUpdate(SPEC, np.ones(SPEC.size, np.float32))
 CONFIG = Config()
 DEEP = "[" * 100_000
 
-SHORT = settings(max_examples=100, suppress_health_check=list(HealthCheck))
+SHORT = settings(max_examples=50, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=3_000, suppress_health_check=list(HealthCheck))
 
 ODD: st.SearchStrategy[Any] = st.one_of(

@@ -34,7 +34,7 @@ from .hostile import bare, dictating, resealed, sealed
 pytestmark = pytest.mark.filterwarnings("error")
 
 # a handful of draws decide everything, and a network's first use takes its time
-SHORT = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+SHORT = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=6_000, suppress_health_check=list(HealthCheck))
 
 LAYER = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"

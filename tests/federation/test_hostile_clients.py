@@ -56,7 +56,7 @@ MakeConfig = Callable[..., Config]
 MakeGrid = Callable[..., InProcessGrid]
 
 SPEC = AdapterSpec.from_shapes({"m.0.q.lora_A.weight": (2, 7), "m.0.q.lora_B.weight": (6, 2)})
-SHORT = settings(max_examples=200, suppress_health_check=list(HealthCheck))
+SHORT = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
 
 NAMES = {

@@ -43,7 +43,7 @@ from cgfedllm.workspace import workspace_for
 
 MakeConfig = Callable[..., Config]
 
-SHORT = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+SHORT = settings(max_examples=75, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
 
 

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HUGE = {"stages": 10, "width": 256}
 """Networks of terabytes."""
 
-SHORT = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+SHORT = settings(max_examples=75, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
 
 
