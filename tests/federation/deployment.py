@@ -70,6 +70,14 @@ class Process:
         return self.log_path.read_text(errors="replace")
 
     @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def answered(self) -> bool:
+        """Whether a SuperNode was let in, or has given up."""
+        return self.ended or "SuperNode ID" in self.log
+
+    @property
     def pid(self) -> int:
         return self._process.pid
 
@@ -167,6 +175,21 @@ class Deployment:
     def node(self, name: str, data: Path) -> Process:
         """A SuperNode as it should be."""
         return self.supernode(str(self.keys / "nodes" / name), name=name, data=data)
+
+    def node_again(self, name: str, data: Path) -> Process:
+        """A SuperNode that was killed, started until it is let in, as a service manager would.
+
+        Flower takes it for connected until heartbeats have been missing for a while.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            process = self.node(name, data)
+            until(process.answered, "an answer")
+            if not process.ended:
+                return process
+            process.kill()
+            time.sleep(5)
+        raise AssertionError(f"{name} was not let in again")
 
     def submit(self, config: Path) -> Process:
         """Start a run as a user does."""
