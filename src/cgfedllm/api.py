@@ -952,10 +952,8 @@ class Cells:
 
     def check(self, config: Config) -> None:
         """Refuse to take an earlier run of another configuration for a cell."""
-        from cgfedllm.federation.checkpoint import config_fingerprint
-
         folder = RunFolder(config.run_dir)
-        if folder.exists() and config_fingerprint(folder.config()) != config_fingerprint(config):
+        if folder.exists() and not _is_of(folder, config):
             raise ConfigError(
                 f"{folder.path} holds a run of another configuration; compare under another "
                 "--name, or remove it"
@@ -1011,10 +1009,14 @@ def check_not_interrupted(result: RunResult) -> None:
 
 def _goes_on(folder: RunFolder, config: Config) -> bool:
     """Whether the folder holds the beginning of this very run."""
+    return _is_of(folder, config) and not _is_complete(folder, config)
+
+
+def _is_of(folder: RunFolder, config: Config) -> bool:
+    """Whether the run in the folder is of this configuration."""
     from cgfedllm.federation.checkpoint import config_fingerprint
 
-    same = config_fingerprint(folder.config()) == config_fingerprint(config)
-    return same and not _is_complete(folder, config)
+    return config_fingerprint(folder.config()) == config_fingerprint(config)
 
 
 def _is_complete(folder: RunFolder, config: Config) -> bool:

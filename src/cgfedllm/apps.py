@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 import warnings
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cgfedllm.config import parse_config
+from cgfedllm.config import config_from_toml
 from cgfedllm.federation.client_app import make_client_app
 
 if not sys.warnoptions:  # as for the command line: nothing a user can act on
@@ -31,6 +30,6 @@ def main(grid: Grid, context: Context) -> None:
     from cgfedllm.report.console import watch_run
 
     settings = context.run_config
-    config = parse_config(tomllib.loads(str(settings["config"])))
+    config = config_from_toml(str(settings["config"]))
     overwrite = bool(settings.get("overwrite", False))
     watch_run(lambda: api.serve(config, grid, overwrite=overwrite), config, "plain")

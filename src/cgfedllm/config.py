@@ -10,6 +10,7 @@ import os
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -812,6 +813,18 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         if key in _PATH_KEYS:
             _resolve_path(tree, key, Path.cwd())
     return parse_config(tree)
+
+
+@lru_cache(maxsize=8)
+def config_from_toml(text: str) -> Config:
+    """Inverse of `Config.to_toml`; equal texts are read once, and share the (frozen) result.
+
+    Raises
+    ------
+    ConfigError
+        As `load_config`.
+    """
+    return parse_config(tomllib.loads(text))
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

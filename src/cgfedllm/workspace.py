@@ -6,7 +6,6 @@ process has its own.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecState, make_codec
-from cgfedllm.config import NODE_DATA, Config, parse_config
+from cgfedllm.config import NODE_DATA, Config, config_from_toml
 from cgfedllm.data import ClientData, FederatedData, load_federated_data, load_own_data
 from cgfedllm.data.encoding import EncodedRows, Example, RowEncoder
 from cgfedllm.errors import DataError, PrivacyError
@@ -248,7 +247,7 @@ class Workspace:
 @lru_cache(maxsize=2)
 def workspace_for(config_toml: str, run_dir: str, own: OwnData | None = None) -> Workspace:
     """The workspace of a resolved configuration; one a process."""
-    return Workspace(parse_config(tomllib.loads(config_toml)), Path(run_dir), own)
+    return Workspace(config_from_toml(config_toml), Path(run_dir), own)
 
 
 def read_codec_file(config: Config, spec: AdapterSpec) -> CodecFile | None:
@@ -285,4 +284,4 @@ def _model_key(config: Config) -> str:
 def _shared_model(key: str) -> AdaptedModel:
     from cgfedllm.model import load_adapted_model
 
-    return load_adapted_model(parse_config(tomllib.loads(key)))
+    return load_adapted_model(config_from_toml(key))

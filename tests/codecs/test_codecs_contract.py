@@ -7,7 +7,6 @@ import contextlib
 import random
 import time
 import tracemalloc
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,10 +28,11 @@ from cgfedllm.codecs import (
     make_codec,
     register,
 )
-from cgfedllm.codecs.packet import HEADER_SIZE, Packet
+from cgfedllm.codecs.packet import Packet
 from cgfedllm.errors import CodecError, PacketError
 
 from .contexts import begun, taught
+from .hostile import resealed
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -280,15 +280,6 @@ def mutations(blob: bytes, count: int, seed: int) -> Iterator[bytes]:
         if damaged != blob:
             made += 1
             yield bytes(damaged)
-
-
-def resealed(blob: bytes) -> bytes:
-    """The same bytes with a payload length and a checksum that fit them."""
-    if len(blob) < HEADER_SIZE:
-        return blob
-    head = blob[:44] + (len(blob) - HEADER_SIZE).to_bytes(4, "little")
-    payload = blob[HEADER_SIZE:]
-    return head + zlib.crc32(payload, zlib.crc32(head)).to_bytes(4, "little") + payload
 
 
 def check_mutations(codec: Codec, count: int) -> None:

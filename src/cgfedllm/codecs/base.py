@@ -185,6 +185,10 @@ class Codec(ABC):
                 f"{self.name}: {len(payload)} bytes for {context.spec.size} parameters are more "
                 "than one packet holds (4 GiB); lower the rank or choose a smaller codec"
             )
+        return self._sealed(payload, context)
+
+    def _sealed(self, payload: bytes, context: CodecContext) -> bytes:
+        """A packet of this codec around a payload that was made in a context."""
         return Packet(
             codec=self.name,
             codec_version=self.version,

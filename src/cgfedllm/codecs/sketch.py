@@ -29,7 +29,6 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import CodecContext, register
 from cgfedllm.codecs.entropy import blocks
 from cgfedllm.codecs.linear import Int32Array, LinearCodec
-from cgfedllm.codecs.packet import Packet
 from cgfedllm.codecs.parts.bitpack import MOST_WIDTH, pack, packed_size, unpack
 from cgfedllm.codecs.parts.draws import apply_signs, random_order, random_signs
 from cgfedllm.codecs.parts.hadamard import LENGTH, padded_shape, transform
@@ -161,15 +160,7 @@ class Sketch(LinearCodec):
         if levels.size:
             width = max(self.options.bits, _most(levels).bit_length() + 1)
             payload = _payload(levels, width, self.options.scale_exponent)
-        return Packet(
-            codec=self.name,
-            codec_version=self.version,
-            spec_hash=context.spec.hash,
-            state_hash=context.state.hash,
-            round=context.round,
-            parameters=context.spec.size,
-            payload=payload,
-        ).to_bytes()
+        return self._sealed(payload, replace(context, previous=None))
 
     def numbers(self, spec: AdapterSpec) -> int:
         """How many numbers a packet for this adapter holds."""

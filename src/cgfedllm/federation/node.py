@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from pathlib import Path
 
 from flwr.app import Context
 
-from cgfedllm.config import NODE_DATA, parse_config
+from cgfedllm.config import NODE_DATA, config_from_toml
 from cgfedllm.data import ClientData
 from cgfedllm.errors import DataError, FederationError
 from cgfedllm.workspace import OwnData, Workspace, workspace_for
@@ -45,9 +44,9 @@ def node_workspace(context: Context) -> Workspace:
             f"{', '.join(_KEYS)}"
         )
     text = str(context.run_config["config"])
-    own = _own_data(context, parse_config(tomllib.loads(text)).data.source)
+    config = config_from_toml(text)
+    own = _own_data(context, config.data.source)
     if "model" in settings:
-        config = parse_config(tomllib.loads(text))
         text = config.with_overrides({"model.id": str(settings["model"])}).to_toml()
     return workspace_for(text, str(context.run_config.get("run-dir", "")), own)
 

@@ -12,7 +12,6 @@ privacy) refuse strategies that override `aggregate_train`.
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -204,7 +203,7 @@ class CompressedStrategy(Strategy):
         self._name = client_name
         self._run = run
         self._origin = None if origin is None else origin.vector
-        self._max_norm = math.inf if max_norm is None else max_norm
+        self._max_norm = max_norm
         self._global = AdapterUpdate.zeros(spec)
         screens = screening is not None and screening.mode != "off"
         self._screening = screening if screens else None
@@ -394,7 +393,7 @@ class CompressedStrategy(Strategy):
 
     def _added(self, update: AdapterUpdate) -> AdapterUpdate:
         """The adapter that an update leads to."""
-        if not update.norm() <= self._max_norm:
+        if self._max_norm is not None and not update.norm() <= self._max_norm:
             raise PacketError(
                 f"the update's norm is {update.norm():.3g}; federation.max_update_norm is "
                 f"{self._max_norm:g}"
