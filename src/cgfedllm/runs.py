@@ -267,22 +267,24 @@ class RunFolder:
     @property
     def key(self) -> str:
         """What tells this run from others of the same name; empty if it was not noted."""
-        try:
-            return str(storage.read_json(self.environment_path).get("run", ""))
-        except CheckpointError:
-            return ""
+        return str(self._noted().get("run", ""))
 
     def note_resume(self, round: int) -> None:
         """Add to environment.json that the run goes on after `round`, now and here."""
-        try:
-            known = storage.read_json(self.environment_path)
-        except CheckpointError:
-            known = None
-        if not isinstance(known, dict) or not isinstance(known.get("resumed", []), list):
-            known = {}  # damaged, and of no use to the run
+        known = self._noted()
+        if not isinstance(known.get("resumed", []), list):
+            known = {}
         again = {"after_round": round, **_machine(), "started_at": _now(), "command": _command()}
         known.setdefault("resumed", []).append(again)
         storage.write_json(self.environment_path, known)
+
+    def _noted(self) -> dict[str, Any]:
+        """What environment.json holds; nothing if it is damaged, for a run does without it."""
+        try:
+            known = storage.read_json(self.environment_path)
+        except CheckpointError:
+            return {}
+        return known if isinstance(known, dict) else {}
 
     def acquire(self) -> None:
         """Take the lock; it is gone with the process, however that ends.
