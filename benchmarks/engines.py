@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import tomli_w
 from common import spread, touch_memory, write_result
 
-BIN = Path(sys.executable).parent
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "federation"))
+
+from deployment import Loopback
+
 CLIENTS = (4, 20, 100)
 ENGINES = ("in-process", "simulation")
 
@@ -69,28 +69,27 @@ def check_equal(measured: dict[str, list[dict[str, float]]]) -> None:
 
 def measure(engine: str, clients: int) -> dict[str, float]:
     """One run, in processes of its own."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        environment = prepare(folder)
+        here = Loopback(folder)
+        here.connect("bench", insecure=True)
         (folder / "job.toml").write_text(tomli_w.dumps(job(folder, clients)))
-        command = [str(BIN / "cgfedllm"), "run", str(folder / "job.toml")]
-        superlink = None
+        command = ["cgfedllm", "run", str(folder / "job.toml")]
+        running = []
         if engine == "simulation":
-            superlink = start_superlink(folder, environment)
+            running.append(stack.enter_context(here.start("--insecure", "--simulation")))
             resources = f"num-supernodes={clients} client-resources-num-cpus=1"
             command += ["--superlink", "bench", "--federation-config", resources]
         began = time.perf_counter()
-        run = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
-        with Memory(run.pid, *([superlink.pid] if superlink else [])) as memory:
-            if run.wait():
-                raise SystemExit(f"{engine} with {clients} clients failed")
+        run = stack.enter_context(here.process(*command, log="run.log"))
+        running.append(run)
+        with Memory(*(process.pid for process in running)) as memory:
+            failed = run.wait(None)
         seconds = time.perf_counter() - began
-        if superlink is not None:
-            stop(superlink)
-        lines = (folder / "runs/engines/metrics.jsonl").read_text().splitlines()
-        last = json.loads(lines[-1])
+        metrics = folder / "runs/engines/metrics.jsonl"
+        if failed or not metrics.exists():
+            raise SystemExit(f"{engine} with {clients} clients failed:\n{run.log}")
+        last = json.loads(metrics.read_text().splitlines()[-1])
         return {
             "round_seconds": last["seconds"]["total"] - last["seconds"]["evaluate"],
             "run_seconds": seconds,
@@ -114,54 +113,6 @@ def job(folder: Path, clients: int) -> dict[str, Any]:
         "evaluation": {"clients": False},
         "tracking": {"tensorboard": False},
     }
-
-
-def prepare(folder: Path) -> dict[str, str]:
-    """Flower's own home, with a connection called `bench`."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
-    home = folder / "flower"
-    home.mkdir()
-    connection = {"address": address, "insecure": True}
-    settings = {"superlink": {"default": "bench", "bench": connection}}
-    (home / "config.toml").write_text(tomli_w.dumps(settings))
-    return {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "XDG_STATE_HOME": str(folder / "state"),
-        "ADDRESS": address,
-    }
-
-
-def start_superlink(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    host, port = environment["ADDRESS"].split(":")
-    program = [str(BIN / "flower-superlink"), "--insecure", "--simulation"]
-    with (folder / "superlink.log").open("wb") as log:
-        started = subprocess.Popen(
-            [*program, "--disable-runtime-dependency-installation", "--host", host, "--port", port],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-        )
-    while started.poll() is None:
-        try:
-            if httpx.get(f"http://{host}:{port}/health").is_success:
-                return started
-        except httpx.HTTPError:
-            time.sleep(0.2)
-    raise SystemExit((folder / "superlink.log").read_text())
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    own = psutil.Process(process.pid)
-    for one in [*own.children(recursive=True), own]:
-        one.kill()
-    process.wait()
 
 
 class Memory:

@@ -27,7 +27,7 @@ def test_loads_and_names_its_run_after_itself(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_opens_with_the_command_that_launches_it(path: Path) -> None:
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
-    command = "compare" if path.stem.startswith("compare-") else "run"
+    command = "compare" if path.stem.startswith(("compare-", "flagship-")) else "run"
     assert f"cgfedllm {command} configs/{path.name}" in first
     assert first.startswith("# ")
     assert second.startswith("#")

@@ -8,8 +8,8 @@ is downloaded. With data of your own you do not need this.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from cgfedllm.data.demo import demo_files
@@ -20,7 +20,9 @@ HELDOUT_ROWS = 24
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Rows to try a deployment with.")
+    parser.add_argument("folder", type=Path, help="where the files go")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     rows = {file.stem: file.rows for file in demo_files((*CLINICS.values(), SERVER))}
     for name, library in [*CLINICS.items(), ("heldout", SERVER)]:

@@ -71,6 +71,12 @@ class Factor:
         return math.prod(self.shape)
 
 
+def factor_kind(factor: Factor) -> str:
+    """Module and factor without the layer, e.g. ``q_proj.A``."""
+    module = factor.module.rsplit(".", 1)[-1]
+    return f"{module}.{factor.kind}" if factor.kind else module
+
+
 def _factor_from_json(item: object) -> Factor:
     match item:
         case [str(name), list(shape)] if len(name) <= _LONGEST_NAME and all(

@@ -402,7 +402,8 @@ def linear_codec(uplink: CodecConfig) -> LinearCodec:
     if not isinstance(codec, LinearCodec):
         raise ValueError(
             f"privacy.secagg adds packets up before they are decoded, and those of {uplink.name!r} "
-            "do not add up; set uplink.name = 'sketch', the one codec that is linear"
+            "do not add up; set uplink.name to one of those that can: 'sketch', or 'learned' with "
+            "a codec file"
         )
     try:
         codec.reach  # noqa: B018  # raises where the step is not fixed
@@ -460,6 +461,20 @@ class UplinkConfig(CodecConfig):
                     f"{key} is for codecs that learn, and {self.name!r} does not; remove "
                     f"uplink.{key}, or set uplink.name to one that does"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_learned_is_there(self) -> UplinkConfig:
+        from cgfedllm.codecs import make_codec
+        from cgfedllm.codecs.learning import LearnedCodec
+
+        codec = make_codec(self.name, self.options)
+        if isinstance(codec, LearnedCodec) and codec.needs_state and self.state is None:
+            raise ValueError(
+                f"name = {self.name!r} with scale_exponent sends nothing but coefficients of what "
+                "it has learned, and it has learned nothing; name a codec file in uplink.state "
+                "(`cgfedllm pretrain learned` writes one), or leave scale_exponent out"
+            )
         return self
 
 

@@ -119,6 +119,8 @@ def evaluate_adapter(
 
     losses = {label: _losses(workspace, values, label, split) for label, values in adapters.items()}
     result = EvaluationResult(split, losses[ADAPTER], losses.get(BASE, []))
+    if samples:  # minutes, and refused where nothing fits; benchmarks may take hours
+        result.samples.extend(_samples(workspace, adapters, split, samples, max_new_tokens))
     if benchmarks:
         from cgfedllm.evaluation.benchmarks import run_benchmark
 
@@ -136,8 +138,6 @@ def evaluate_adapter(
                     answers=None if to is None else to / "answers.jsonl",
                 )
             )
-    if samples:
-        result.samples.extend(_samples(workspace, adapters, split, samples, max_new_tokens))
     if to is not None:
         from cgfedllm.report.evaluation import write_evaluation
 

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
+
+Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass
+class ModuleRecord:
+    """Energies (sums of squares) of one kind of factor, over all layers of one update."""
+
+    signal: Energy
+    """Of what the client gave its codec, error feedback included."""
+    decoded: Energy
+    """Of what the packet decodes to."""
+    error: Energy
+    """Of the difference; 0 where the packet is exact."""
 
 
 @dataclass
@@ -36,6 +50,9 @@ class ClientRecord:
     """Of the decoded update to the median of the others' directions; None: not screened."""
     suspicion: str = ""
     """What screening found odd about an update that was used all the same."""
+    fidelity: dict[str, ModuleRecord] = field(default_factory=dict)
+    """What the codec kept, by kind of factor (``q_proj.A``); empty where clients do not tell:
+    under privacy and secure aggregation, in a flush, and in runs of earlier releases."""
 
 
 @dataclass

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs import Codec, make_codec
 from cgfedllm.codecs.learning import LearnedCodec
+from cgfedllm.codecs.linear import LinearCodec
 from cgfedllm.codecs.packet import HEADER_SIZE
-from cgfedllm.config import Config, ModelConfig, UplinkConfig, linear_codec
+from cgfedllm.config import Config, ModelConfig, UplinkConfig
 from cgfedllm.errors import ConfigError
 from cgfedllm.federation.codec_state import pack_whole
 from cgfedllm.privacy.secagg.collector import traffic
@@ -310,7 +311,8 @@ def make_plan(
     down = make_codec(config.downlink.name, config.downlink.options)
     secagg, packet = None, None
     if config.privacy.secagg.enabled:
-        packet = masked_size(linear_codec(config.uplink), spec, sampled)
+        assert isinstance(codec, LinearCodec)  # or the configuration would have been refused
+        packet = masked_size(codec, spec, sampled)
         up, across = traffic(sampled, sampled * (_ASSUMED_NAME + 1) - 1)
         secagg = SecureAggregationPlan(rounds * up, rounds * across)
     uplink = _direction(codec, spec, rounds * sampled, 0, link.up_mbit, packet)

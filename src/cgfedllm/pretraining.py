@@ -344,6 +344,12 @@ class Pretraining:
 
     def _check_collecting(self) -> None:
         """What would only be found after hours of collecting is found now."""
+        if self._config.privacy.secagg.enabled:
+            raise ConfigError(
+                "privacy.secagg keeps single updates from the server, and pre-training collects "
+                "them; pre-train with --set privacy.secagg.enabled=false on rows of D1 that may be "
+                "learned from, or give a --recording of updates that may be seen"
+            )
         config = self.collecting
         if self._settings.span > 1 and self._config.tgap.collect == "federated":
             raise ConfigError(
@@ -413,7 +419,13 @@ def learned_codec(config: Config, text: str) -> LearnedCodec:
         If it does not exist, refuses an option, or learns nothing.
     """
     # what the configuration goes on to do with a codec does not bear on how it is fitted
-    base = config.with_overrides(_WITHOUT_LEARNING)
+    base = config.with_overrides(
+        {
+            **_WITHOUT_LEARNING,
+            "uplink.state": config.uplink.state,
+            "privacy.secagg.enabled": False,
+        }
+    )
     changed = parse_codec(text, base).config(base).uplink
     if not issubclass(codec_class(changed.name), LearnedCodec):
         learning = [n for n in codec_names() if issubclass(codec_class(n), LearnedCodec)]

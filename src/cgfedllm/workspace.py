@@ -20,6 +20,7 @@ from cgfedllm.errors import DataError, PrivacyError
 from cgfedllm.lora import initial_adapter
 
 if TYPE_CHECKING:
+    from cgfedllm.base_weights import BaseWeights
     from cgfedllm.model import AdaptedModel
     from cgfedllm.privacy.plan import PrivacyPlan
     from cgfedllm.tgap.codec_file import CodecFile
@@ -68,6 +69,13 @@ class Workspace:
         # another seed's run in this process may have left its values in it
         model.set_adapter(initial_adapter(model.full_spec, self.config.seed))
         return model
+
+    @cached_property
+    def base_weights(self) -> BaseWeights:
+        """By which this copy of the base model is told from another."""
+        from cgfedllm.base_weights import base_weights
+
+        return base_weights(self.model.model.get_base_model(), self.config.model.id)
 
     @cached_property
     def data(self) -> FederatedData:

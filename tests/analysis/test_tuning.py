@@ -8,7 +8,7 @@ from cgfedllm.analysis.candidates import Candidate, candidates_of
 from cgfedllm.analysis.tuning import Tuning, Verdict, choose, judge, parse_tuning
 from cgfedllm.config import Config
 from cgfedllm.errors import ConfigError
-from cgfedllm.metrics import RoundRecord
+from cgfedllm.metrics import ClientRecord, RoundRecord
 
 BASE = Config(name="x")
 LR, DECAY = "federation.server_lr", "uplink.error_feedback_decay"
@@ -69,7 +69,9 @@ def test_a_trial_is_a_short_run_that_looks_at_no_held_out_row() -> None:
     assert config.seed not in (0, 1)
     assert config.data.seed == BASE.seed, "the split of the cells: their held-out rows stay unseen"
     evaluation = config.evaluation
-    assert (evaluation.every, evaluation.clients, evaluation.heldout) == (0, True, False)
+    assert (evaluation.every, evaluation.clients, evaluation.heldout) == (1, True, False)
+    longer = tuning(*GRID, rounds=12).trials(BASE, candidate("int8"))[1].config
+    assert longer.evaluation.every == 3
 
 
 def test_trials_end_equally_far_into_a_run() -> None:
@@ -86,7 +88,7 @@ def test_the_trial_seed_is_none_of_the_compared() -> None:
     assert other.seed != first
 
 
-def test_judged_by_the_mean_over_clients_and_nothing_else() -> None:
+def test_judged_by_the_clients_own_rows_and_nothing_else() -> None:
     trial = tuning(*GRID).trials(BASE, candidate("int8"))[0]
     for heldout in (None, 0.1, 9.0):
         records = [
@@ -96,6 +98,33 @@ def test_judged_by_the_mean_over_clients_and_nothing_else() -> None:
         verdict = judge(trial, records)
         assert (verdict.nll, verdict.clients) == (1.5, 2)
     assert judge(trial, [RoundRecord(1, heldout_nll=1.0)]).nll is None
+
+
+def trained_by(client: str, rows: int) -> ClientRecord:
+    """A line of a round in which a client trained on so many rows."""
+    return ClientRecord(client, rows, 4, 99, 2.0, 1.0, 8, 8, 4.0, 0.2, 0.1)
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [("examples", 2.75), ("uniform", 2.5)])
+def test_clients_weigh_what_they_weigh_in_the_average(weighting: str, expected: float) -> None:
+    base = BASE.with_overrides({"federation.weighting": weighting})
+    trial = tuning(*GRID).trials(base, candidate("int8"))[0]
+    trained = [trained_by("a", 10), trained_by("b", 30)]
+    records = [
+        RoundRecord(1, clients=trained, client_nll={"a": 9.0, "b": 9.0}),
+        RoundRecord(2, client_nll={"a": 2.0, "b": 3.0}),
+    ]
+    assert judge(trial, records).nll == expected
+
+
+def test_the_last_quarter_counts_and_unasked_clients_are_typical() -> None:
+    trial = tuning(*GRID).trials(BASE, candidate("int8"))[0]
+    nlls = {6: 9.0, 9: 2.0, 12: 4.0}
+    records = [RoundRecord(at, client_nll={"a": nll}) for at, nll in nlls.items()]
+    assert judge(trial, records).nll == 3.0
+    trained = [trained_by("a", 10), trained_by("b", 30)]
+    records = [RoundRecord(1, clients=trained, client_nll={"a": 1.0, "b": 1.0, "c": 4.0})]
+    assert judge(trial, records).nll == 2.0
     assert judge(trial, [RoundRecord(1, client_nll={"a": float("nan")})]).nll is None
 
 

@@ -27,7 +27,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "cg_resnet": [{"preset": "printed"}, {"preset": "printed", "latent_dtype": "bfloat16"}],
     "cg_unet": [{"preset": "printed"}],
     "int4": [{"group": 3}],
-    "learned": [{"bpp": 4.0, "metric": "parameters"}, {"bpp": 4.0, "grown": False}],
+    "learned": [
+        {"bpp": 4.0, "metric": "parameters"},
+        {"bpp": 4.0, "grown": False},
+        {"bpp": 4.0, "scale_exponent": -14},
+    ],
     "qsgd": [{"unbiased": True, "bpp": 4.0}, {"bucket": 8, "bpp": 8.0}],
     "zero": [{"scale": 0.5}],
     "zstd": [{"dtype": "bfloat16", "level": 1}],

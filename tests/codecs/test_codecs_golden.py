@@ -1,7 +1,8 @@
 """The same update gives the same packet, and that the same values: on every machine, to the bit.
 
-Each codec's golden file is two lines of hexadecimal digits, a packet and the float32 values it
-decodes to. It is written once, when the format is settled, and never overwritten::
+The golden file of each codec, and of each mode with a format of its own, is two lines of
+hexadecimal digits, a packet and the float32 values it decodes to. It is written once, when the
+format is settled, and never overwritten::
 
     python tests/codecs/test_codecs_golden.py NAME
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecContext, CodecState, Start, codec_names, make_codec
+from cgfedllm.codecs.learned import Learned
 
 GOLDEN = Path(__file__).parent / "golden"
 # enough for what has rate control to send something of the larger adapter
@@ -34,7 +37,15 @@ GOLDEN_NETWORKS: dict[str, dict[str, Any]] = {
     "cg_unet": {"stages": 2, "slope": 0.5, "residual_blocks": 1},
 }
 
-GOLDEN_OPTIONS = {**GOLDEN_NETWORKS, "learned": {"directions": 8}}
+GOLDEN_OPTIONS = {
+    **GOLDEN_NETWORKS,
+    "learned": {"directions": 8},
+    "learned_rows": {"directions": 8},
+    "learned_linear": {"directions": 8, "bits": 6, "scale_exponent": -12},
+}
+# with a format of their own, by the codec they are a mode of
+MODES = {"learned_linear": "learned", "learned_rows": "learned"}
+GOLDEN_NAMES = [*codec_names(), *MODES]
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 
@@ -107,8 +118,16 @@ def exact_state(codec: Codec, spec: AdapterSpec) -> CodecState:
     return CodecState.of(tensors)
 
 
+class LearnedRows(Learned):
+    """As at few bits a parameter, of which an adapter as small as these has none to send."""
+
+    pieces_from = alike_from = math.inf
+
+
 def golden_codec(name: str) -> Codec:
-    options = GOLDEN_OPTIONS.get(name, {})
+    if name == "learned_rows":
+        return LearnedRows(Learned.Options(**GOLDEN_OPTIONS[name], bpp=GOLDEN_BPP))
+    options, name = GOLDEN_OPTIONS.get(name, {}), MODES.get(name, name)
     codec = make_codec(name, options)
     return (
         make_codec(name, {**options, "bpp": GOLDEN_BPP}) if hasattr(codec.options, "bpp") else codec
@@ -136,7 +155,7 @@ def golden_lines(name: str) -> tuple[bytes, bytes]:
     return bytes.fromhex(packet), bytes.fromhex(decoded)
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_golden_packet(name: str) -> None:
     codec = golden_codec(name)
     assert codec.encode(*golden_case(codec)) == golden_lines(name)[0], (
@@ -145,7 +164,7 @@ def test_golden_packet(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_golden_packet_decodes_to_the_same_bits(name: str) -> None:
     codec = golden_codec(name)
     update, context = golden_case(codec)
@@ -157,7 +176,7 @@ def test_golden_packet_decodes_to_the_same_bits(name: str) -> None:
 
 
 def test_no_golden_packet_is_left_over() -> None:
-    assert {path.stem for path in GOLDEN.glob("*.hex")} == set(codec_names())
+    assert {path.stem for path in GOLDEN.glob("*.hex")} == set(GOLDEN_NAMES)
 
 
 @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
@@ -190,9 +209,10 @@ def middle_size_hashes() -> dict[str, str]:
     update = large_update(spec)
     previous = large_update(spec, salt=9).vector
     hashes = {}
-    for name in codec_names():
-        codec = make_codec(name)
-        state = exact_state(codec, spec) if name == "learned" else codec.initial_state(spec)
+    for name in GOLDEN_NAMES:
+        codec = make_codec(MODES.get(name, name), GOLDEN_OPTIONS[name] if name in MODES else {})
+        learns = codec.name == "learned"
+        state = exact_state(codec, spec) if learns else codec.initial_state(spec)
         context = CodecContext(spec, 7, 5, state, previous, begun(spec))
         packet = codec.encode(update, context)
         decoded = codec.decode(packet, context).vector.astype("<f4").tobytes()

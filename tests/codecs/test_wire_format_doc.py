@@ -8,6 +8,8 @@ from pathlib import Path
 
 import zstandard
 
+from .test_codecs_golden import MODES
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "wire-format.md").read_text(encoding="utf-8")
 GOLDEN = Path(__file__).parent / "golden"
@@ -155,4 +157,4 @@ def test_zstd() -> None:
 
 def test_every_codec_with_a_golden_packet_is_described() -> None:
     for name in sorted(path.stem for path in GOLDEN.glob("*.hex")):
-        assert f"### `{name}`, version 1" in PAGE
+        assert f"### `{MODES.get(name, name)}`, version 1" in PAGE

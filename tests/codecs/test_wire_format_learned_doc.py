@@ -10,15 +10,34 @@ from fractions import Fraction
 from operator import mul
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, make_codec
+from cgfedllm.codecs.learned import Learned
 from cgfedllm.codecs.learned.directions import learn
 from cgfedllm.codecs.packet import HEADER_SIZE
+from cgfedllm.codecs.rate import payload_bits
 
-from .test_codecs_golden import begun, golden_case, golden_codec, large_update
-from .test_wire_format_coded_doc import Reader, f32, golden, lowrank_coded, lowrank_scalar
+from .test_codecs_golden import (
+    GOLDEN_BPP,
+    LearnedRows,
+    begun,
+    golden_case,
+    golden_codec,
+    large_update,
+)
+from .test_wire_format_coded_doc import (
+    Reader,
+    f32,
+    golden,
+    lowrank_coded,
+    lowrank_modes,
+    lowrank_scalar,
+    lowrank_short,
+    orthonormal,
+)
 
 Matrix = list[list[float]]
 # module, "A" or "B", shape: those of the golden packets
@@ -33,7 +52,7 @@ def decode(  # type: ignore[no-untyped-def]
     state: State | None,
 ):
     reader = Reader(payload)
-    axes, exponent = reader.bits(3)[0], reader.bits(9)[0] - 160
+    axes, in_pieces, exponent = reader.bits(3)[0], reader.bits(1)[0], reader.bits(9)[0] - 160
     kinds = list(dict.fromkeys(factors))
     places = {kind: [i for i, own in enumerate(factors) if own == kind] for kind in kinds}
     offsets = [0]
@@ -42,14 +61,13 @@ def decode(  # type: ignore[no-untyped-def]
     now, before = (rows_of(factors, offsets, vector) for vector in (start, origin))
     held = Held(axes, factors, now, before, state)
     found = [Axes(held, kind, places[kind]) for kind in kinds]
-    classes = classes_of(kinds, found) if axes else [[0] * len(own.foretold) for own in found]
-    modes: dict[tuple[int, int, int], int] = {}
-    for which in sorted({c for own in classes for c in own}):
-        at = [(k, 0, i) for k, own in enumerate(classes) for i, c in enumerate(own) if c == which]
-        highest = reader.uniform(8)
-        own = reader.symbols(highest + 1, len(at)) if highest else [0] * len(at)
-        modes |= {a: m for a, m in zip(at, own, strict=True) if m}
-    modes = dict(sorted(modes.items()))
+    if in_pieces:
+        groups = [[[[0] * own.length] * own.ranks] * own.layers for own in found]
+        modes = lowrank_modes(reader, groups)
+        short = lowrank_short(reader, groups, modes)
+    else:
+        groups = [[[list(range(own.length))]] for own in found]
+        modes = row_modes(reader, kinds, found, axes)
     scale_codes: dict[tuple[int, int, int], int] = {}
     if modes:
         low, span = reader.bits(7, 2)
@@ -58,7 +76,6 @@ def decode(  # type: ignore[no-untyped-def]
         else:
             codes = [reader.uniform(span + 1) for _ in modes]
         scale_codes = {at: low + code for at, code in zip(modes, codes, strict=True)}
-    groups = [[[list(range(own.length))]] for own in found]
     vectors = lowrank_coded(reader, groups, modes, scale_codes)
     loose = [(which, k, i) for k, own in enumerate(found) for i, which in enumerate(own.loose)]
     step = reader.float32() if loose or 7 in modes.values() else 0.0
@@ -69,13 +86,77 @@ def decode(  # type: ignore[no-untyped-def]
         for (k, i), value in zip(own, reader.points(len(own), step), strict=True):
             coefficients[k][i] = value
     reader.finish()
+    rows = [[[0.0] * own.length for _ in own.foretold] for own in found]
+    if in_pieces:
+        for k, own in enumerate(found):
+            own.over = []
+            for layer in range(own.layers):
+                at = [at for at in modes if at[:2] == (k, layer)]
+                matrix = sum_of_pieces([short[a] for a in at], [vectors[a] for a in at], own)
+                for j, row in enumerate(matrix):
+                    rows[k][j * own.layers + layer] = row
+    else:
+        for (k, _, i), values in vectors.items():
+            rows[k][i] = values
+    return assembled(factors, offsets, found, rows, coefficients, exponent)
+
+
+def row_modes(reader, kinds, found, axes) -> dict[tuple[int, int, int], int]:  # type: ignore[no-untyped-def]
+    classes = classes_of(kinds, found) if axes else [[0] * len(own.foretold) for own in found]
+    modes: dict[tuple[int, int, int], int] = {}
+    for which in sorted({c for own in classes for c in own}):
+        at = [(k, 0, i) for k, own in enumerate(classes) for i, c in enumerate(own) if c == which]
+        highest = reader.uniform(8)
+        own = reader.symbols(highest + 1, len(at)) if highest else [0] * len(at)
+        modes |= {a: m for a, m in zip(at, own, strict=True) if m}
+    return dict(sorted(modes.items()))
+
+
+def sum_of_pieces(short, long, own) -> Matrix:  # type: ignore[no-untyped-def]
+    matrix: Matrix = [[0.0] * own.length for _ in range(own.ranks)]
+    for q, y in zip(orthonormal(short), long, strict=True):
+        for r, entry in enumerate(map(f32, q)):
+            matrix[r] = [f32(x + f32(v * entry)) for x, v in zip(matrix[r], y, strict=True)]
+    return matrix
+
+
+def decode_linear(  # type: ignore[no-untyped-def]
+    payload: bytes,
+    factors: Sequence[tuple[str, str, tuple[int, int]]],
+    start: list[float],
+    state: State,
+    budget: float,
+    bits: int,
+):
+    word, e, width = struct.unpack("<IhB", payload[:7])
+    assert word >> 29 == 7
+    axes = word & (2**29 - 1)
+    ranks = sum(shape[0] if kind == "A" else shape[1] for _, kind, shape in factors)
+    m = max(0, min(int((budget - 56) / bits), len(state.whole[0]) * ranks))
+    assert len(payload) == 7 + -(-m * width // 8)
+    body = int.from_bytes(payload[7:], "little")
+    numbers = [(body >> (width * i) & ((1 << width) - 1)) - (1 << (width - 1)) for i in range(m)]
+    kinds = list(dict.fromkeys(factors))
+    places = {kind: [i for i, own in enumerate(factors) if own == kind] for kind in kinds}
+    offsets = [0]
+    for _, _, shape in factors:
+        offsets.append(offsets[-1] + shape[0] * shape[1])
+    now = rows_of(factors, offsets, start)
+    held = Held(axes, factors, now, now, state)
+    found = [Axes(held, kind, places[kind]) for kind in kinds]
+    order = [(-share, k, i) for k, own in enumerate(found) for i, share in enumerate(own.shares)]
+    b = max(map(abs, numbers)).bit_length()
+    coefficients = [[0.0] * len(own.shares) for own in found]
+    for (_, k, i), number in zip(sorted(order), numbers, strict=False):
+        coefficients[k][i] = math.ldexp(f32(number), -b)
+    rows = [[[0.0] * own.length for _ in own.foretold] for own in found]
+    return assembled(factors, offsets, found, rows, coefficients, e + b)
+
+
+def assembled(factors, offsets, found, rows, coefficients, exponent) -> list[float]:  # type: ignore[no-untyped-def]
     out = [0.0] * offsets[-1]
-    for k, own in enumerate(found):
-        rows = [[0.0] * own.length for _ in own.foretold]
-        for (group, _, i), values in vectors.items():
-            if group == k:
-                rows[i] = values
-        for factor, matrix in zip(own.places, own.rebuilt(rows, coefficients[k]), strict=True):
+    for own, values, loose in zip(found, rows, coefficients, strict=True):
+        for factor, matrix in zip(own.places, own.rebuilt(values, loose), strict=True):
             _, kind, shape = factors[factor]
             for r, row in enumerate(matrix):
                 for n, value in enumerate(row):
@@ -130,16 +211,19 @@ class Held:
 
     def products(self, rows: Matrix, factor: int) -> Matrix:
         assert self.state
-        largest = max(abs(v) for row in rows for v in row)
-        if not largest:
-            return [[0.0] * len(self.state.whole[factor]) for _ in rows]
-        p = math.frexp(largest)[1]
-        whole = [[round(Fraction(v) * Fraction(2) ** (14 - p)) for v in row] for row in rows]
+        whole, p = rounded(rows)
         pairs = list(zip(self.state.whole[factor], self.inverses(factor), strict=True))
         return [
             [math.ldexp(sum(map(mul, row, z)), p - 14) * inverse for z, inverse in pairs]
             for row in whole
         ]
+
+    def across(self, products: Matrix, factor: int) -> Matrix:
+        assert self.state
+        inverses = self.inverses(factor)
+        whole, p = rounded([list(map(mul, row, inverses)) for row in products])
+        columns = transposed(self.state.whole[factor])
+        return [[math.ldexp(sum(map(mul, row, z)), p - 14) for z in columns] for row in whole]
 
     def gram(self, factor: int) -> Matrix:
         rows = self.now[factor]
@@ -163,11 +247,9 @@ class Held:
             along = [[0.0] * len(self.directions(factor)) for _ in rows]
             for _ in range(2):
                 more = self.products(rows, factor)
-                for i, direction in enumerate(self.directions(factor)):
-                    rows = [
-                        [x - own[i] * v for x, v in zip(row, direction, strict=True)]
-                        for row, own in zip(rows, more, strict=True)
-                    ]
+                taken = self.across(more, factor)
+                pairs = zip(rows, taken, strict=True)
+                rows = [[x - y for x, y in zip(a, b, strict=True)] for a, b in pairs]
                 along = [
                     [a + m for a, m in zip(own, new, strict=True)]
                     for own, new in zip(along, more, strict=True)
@@ -177,6 +259,7 @@ class Held:
 
 class Axes:
     def __init__(self, held, kind, places) -> None:  # type: ignore[no-untyped-def]
+        self.over: list[Matrix] = []
         self.places, self.letter = places, kind[1]
         rows, factors, axes = held.now, held.factors, held.axes
         self.axes = axes
@@ -184,6 +267,7 @@ class Axes:
         self.layers = len(places)
         self.foretold = [0.0] * (self.ranks * self.layers)
         self.loose: list[int] = []
+        self.shares: list[float] = []
         self.directions: list[Matrix] = []
         if not axes:
             return
@@ -276,6 +360,7 @@ class Axes:
         if not sets:
             return
         classes: list[list[list[int]]] = [[[] for _ in rest] for _ in range(self.ranks)]
+        parts: list[Matrix] = [[[] for _ in rest] for _ in range(self.ranks)]
         for at, (_, shares, weights) in enumerate(sets):
             foretold = [
                 [
@@ -290,6 +375,8 @@ class Axes:
                     classes[j][layer] += [
                         min(max(octave(x / v, 15) // 3, 0), 4) + 5 * at for x in row
                     ]
+                    parts[j][layer] += [x / v for x in row]
+        self.shares = [x for own in parts for row in own for x in row]
         self.loose = [c for own in classes for row in own for c in row]
         self.directions = [
             [d for vectors, _, _ in sets for d in vectors[layer]] for layer in range(self.layers)
@@ -305,7 +392,7 @@ class Axes:
         if not self.axes:
             return [coefficients[at::layers] for at in range(layers)]
         x = [[coefficients[j * layers + layer] for j in range(ranks)] for layer in range(layers)]
-        if self.letter == "B":
+        if self.over:
             for j in range(ranks):
                 own = coefficients[j * layers : (j + 1) * layers]
                 for layer in range(layers):
@@ -357,12 +444,13 @@ def classes_of(kinds, found) -> list[list[int]]:  # type: ignore[no-untyped-def]
     ]
 
 
+def rounded(rows: Matrix) -> tuple[list[list[int]], int]:
+    p = math.frexp(max(abs(v) for row in rows for v in row))[1]
+    return [[round(Fraction(v) * Fraction(2) ** (14 - p)) for v in row] for row in rows], p
+
+
 def gram(rows: Matrix) -> Matrix:
-    largest = max(abs(v) for row in rows for v in row)
-    if not largest:
-        return [[0.0] * len(rows) for _ in rows]
-    p = math.frexp(largest)[1]
-    whole = [[round(Fraction(v) * Fraction(2) ** (14 - p)) for v in row] for row in rows]
+    whole, p = rounded(rows)
     power = Fraction(2) ** (2 * p - 28)
     return [
         [float(sum(x * y for x, y in zip(a, b, strict=True)) * power) for b in whole] for a in whole
@@ -391,13 +479,12 @@ def eigenvectors(matrices: list[Matrix]) -> list[tuple[list[float], Matrix]]:
     a = [[row[:] for row in m] for m in matrices]
     v = [[[float(i == j) for j in range(n)] for i in range(n)] for _ in matrices]
     for _ in range(10):
-        if all(settled(m) for m in a):
-            break
+        unsettled = [(m, own) for m, own in zip(a, v, strict=True) if not settled(m)]
         size = n + n % 2
         ring = list(range(size))
         for _ in range(size - 1):
             pairs = [sorted((ring[i], ring[size - 1 - i])) for i in range(size // 2)]
-            for m, own in zip(a, v, strict=True):
+            for m, own in unsettled:
                 turn(m, own, [(p, q) for p, q in pairs if q < n])
             ring = [ring[0], ring[-1], *ring[1:-1]]
     found = []
@@ -442,9 +529,21 @@ def state_of(spec: AdapterSpec, tensors: Mapping[str, Any]) -> State:
     )
 
 
-def test_the_page_decodes_the_golden_packet() -> None:
-    payload, wanted = golden("learned")
-    update, context = golden_case(golden_codec("learned"))
+def several_layers() -> tuple[list[tuple[str, str, tuple[int, int]]], AdapterSpec]:
+    layers = [("q", "A", (3, 20)), ("q", "B", (10, 3))] * 5
+    spec = AdapterSpec.from_shapes(
+        {
+            f"m.layers.{at // 2}.q_proj.lora_{kind}.weight": shape
+            for at, (_, kind, shape) in enumerate(layers)
+        }
+    )
+    return layers, spec
+
+
+@pytest.mark.parametrize("name", ["learned", "learned_rows"])
+def test_the_page_decodes_the_golden_packets(name: str) -> None:
+    payload, wanted = golden(name)
+    update, context = golden_case(golden_codec(name))
     start = context.start
     assert start is not None
     assert start.origin is not None
@@ -452,6 +551,19 @@ def test_the_page_decodes_the_golden_packet() -> None:
     assert decode(payload, FACTORS, start.adapter.tolist(), start.origin.tolist(), state) == wanted
 
 
+def test_the_page_decodes_the_golden_packet_of_linear_mode() -> None:
+    payload, wanted = golden("learned_linear")
+    codec = golden_codec("learned_linear")
+    update, context = golden_case(codec)
+    assert context.start is not None
+    state = state_of(update.spec, context.state.tensors)
+    budget = payload_bits(update.spec, GOLDEN_BPP)
+    assert (
+        decode_linear(payload, FACTORS, context.start.adapter.tolist(), state, budget, 6) == wanted
+    )
+
+
+@pytest.mark.parametrize("how", [Learned, LearnedRows])
 @pytest.mark.parametrize(
     ("metric", "grown", "learned"),
     [
@@ -464,19 +576,14 @@ def test_the_page_decodes_the_golden_packet() -> None:
     ],
 )
 def test_the_page_decodes_packets_of_several_layers(
-    metric: str | None, grown: bool, learned: bool
+    metric: str | None, grown: bool, learned: bool, how: type[Learned]
 ) -> None:
-    layers = [("q", "A", (3, 20)), ("q", "B", (10, 3))] * 5
-    spec = AdapterSpec.from_shapes(
-        {
-            f"m.layers.{at // 2}.q_proj.lora_{kind}.weight": shape
-            for at, (_, kind, shape) in enumerate(layers)
-        }
-    )
+    layers, spec = several_layers()
     start = begun(spec)
     assert start.origin is not None
     update = large_update(spec, salt=3)
-    codec = make_codec("learned", {"bpp": 6.0, "metric": metric or "effect", "grown": grown})
+    options = {"bpp": 6.0, "metric": metric or "effect", "grown": grown}
+    codec: Learned = type("", (how,), {"alike_from": math.inf})(Learned.Options(**options))
     state = CodecState.of(learn(spec, [large_update(spec, salt=at) for at in range(4)], 8))
     context = CodecContext(spec, 1, start=start if metric else None)
     context = replace(context, state=state if learned else codec.initial_state(spec))
@@ -491,3 +598,28 @@ def test_the_page_decodes_packets_of_several_layers(
     )
     assert struct.pack(f"<{spec.size}f", *found) == wanted.tobytes()
     assert AdapterUpdate(spec, wanted).norm() > 0
+
+
+@pytest.mark.parametrize("metric", ["effect", "parameters"])
+@pytest.mark.parametrize("bpp", [2.0, 9.0])
+def test_the_page_decodes_sums_of_packets_of_linear_mode(metric: str, bpp: float) -> None:
+    layers, spec = several_layers()
+    start = begun(spec)
+    codec = make_codec(
+        "learned",
+        {"bpp": bpp, "metric": metric, "directions": 8, "bits": 5, "scale_exponent": -13},
+    )
+    assert isinstance(codec, Learned)
+    state = CodecState.of(learn(spec, [large_update(spec, salt=at) for at in range(4)], 8))
+    context = CodecContext(spec, 1, start=start, state=state)
+    updates = [large_update(spec, salt=at) for at in (3, 4, 5)]
+    total = sum(codec.levels(codec.encode(own, context), context) for own in updates)
+    blob = codec.packet_of(np.asarray(total), context)
+    wanted = codec.decode(blob, context).vector
+    held = state_of(spec, state.tensors)
+    budget = payload_bits(spec, bpp)
+    found = decode_linear(
+        blob[HEADER_SIZE:], layers, start.adapter.tolist(), held, budget, codec.options.bits
+    )
+    assert struct.pack(f"<{spec.size}f", *found) == wanted.tobytes()
+    assert wanted.any()

@@ -132,6 +132,20 @@ def test_losses_alone_write_nothing_unless_told_where(
     assert told.adapter == result.adapter
 
 
+def test_answers_that_cannot_fit_are_refused_before_a_question_is_asked(
+    adapter: tuple[Path, Path], hub: Path, tmp_path: Path
+) -> None:
+    folder, toml = adapter
+    command: list[Any] = [
+        *("evaluate", folder, "--config", toml, "--to", tmp_path / "to", "--hub", hub),
+        *("--benchmark", "mmlu", "--sample", 2, "--max-new-tokens", 100_000),
+    ]
+    done = CliRunner().invoke(app, [str(part) for part in command])
+    assert done.exit_code == 2
+    assert "lower --max-new-tokens" in done.stderr
+    assert "MMLU" not in done.stderr
+
+
 def test_a_missing_copy_of_the_questions_is_told_before_anything_is_loaded(
     adapter: tuple[Path, Path], tiny_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -19,7 +19,8 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import base
 from cgfedllm.config import Config
 from cgfedllm.federation.inprocess import InProcessGrid
-from cgfedllm.runs import RunFolder
+
+from .outcome import read_outcome
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 
@@ -58,7 +59,7 @@ def registering(monkeypatch: pytest.MonkeyPatch, module: str) -> Iterator[Module
 @pytest.fixture(scope="session")
 def faults() -> ModuleType:
     """The module of clients and networks that fail as planned."""
-    return beside("faults")
+    return beside("fault_injection")
 
 
 @pytest.fixture
@@ -90,24 +91,7 @@ def random_adapter(spec: AdapterSpec) -> Callable[..., AdapterUpdate]:
 def outcome() -> Callable[[Path], dict[str, Any]]:
     """``outcome(run_dir)``: all that a run left behind and that does not depend on the clock."""
 
-    def read(run_dir: Path) -> dict[str, Any]:
-        folder = RunFolder(run_dir)
-        rounds = []
-        for record in folder.records():
-            row = record.to_dict()
-            row.pop("seconds")
-            for client in row["clients"]:
-                for key in ("train_seconds", "encode_seconds", "decode_seconds"):
-                    client.pop(key)
-            rounds.append(row)
-        adapter = {
-            str(path.relative_to(folder.adapter_dir)): path.read_bytes()
-            for path in sorted(folder.adapter_dir.rglob("*"))
-            if path.is_file()
-        }
-        return {"rounds": rounds, "adapter": adapter}
-
-    return read
+    return read_outcome
 
 
 @pytest.fixture(scope="session")

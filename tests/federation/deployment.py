@@ -1,23 +1,28 @@
-"""A SuperLink and SuperNodes on loopback, with TLS and authenticated nodes, as processes."""
+"""A SuperLink on loopback, and SuperNodes with TLS and keys, as processes.
+
+benchmarks/engines.py starts its SuperLink with this, too.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 import httpx
 import psutil
 import tomli_w
+
+from cgfedllm.config import Config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "deployment"
@@ -54,7 +59,7 @@ class Process:
 
     def __init__(self, *command: str, folder: Path, log: str, environment: dict[str, str]) -> None:
         self.log_path = folder / log
-        program = str(BIN / command[0]) if (BIN / command[0]).exists() else command[0]
+        program = shutil.which(command[0], path=environment["PATH"]) or command[0]
         with self.log_path.open("wb") as out:
             self._process = subprocess.Popen(
                 [program, *command[1:]],
@@ -81,11 +86,15 @@ class Process:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait(self, seconds: float = _START_SECONDS) -> int:
+    def wait(self, seconds: float | None = _START_SECONDS) -> int:
+        """Its exit status; None waits for good."""
         return self._process.wait(seconds)
 
     def kill(self) -> None:
-        """As when the power fails: it and its children, at once."""
+        """As when the power fails: it and what it started, at once."""
+        with suppress(psutil.Error):
+            for one in psutil.Process(self._process.pid).children(recursive=True):
+                one.kill()
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -104,20 +113,17 @@ class Process:
         self.kill()
 
 
-class Deployment:
-    """A SuperLink that is up, and what it takes to connect to it.
+class Loopback:
+    """An address for a SuperLink, and a home of its own for Flower.
 
     Parameters
     ----------
     folder : Path
-        For keys, logs, Flower's own home and the nodes' memory.
-    nodes : tuple of str
-        Whose keys the SuperLink is told.
+        For logs and Flower's home.
     """
 
-    def __init__(self, folder: Path, nodes: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keys = folder / "keys"
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {
             **os.environ,
@@ -128,29 +134,66 @@ class Deployment:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "XDG_STATE_HOME": str(folder / "state"),
-            "PYTHONPATH": str(ROOT / "src"),
-            "OMP_NUM_THREADS": "1",
         }
+
+    def connect(self, name: str, **how: str | bool) -> None:
+        """Let Flower's command line know the SuperLink by a name."""
+        home = Path(self.environment["FLWR_HOME"])
+        home.mkdir()
+        settings = {"superlink": {"default": name, name: {"address": self.address, **how}}}
+        (home / "config.toml").write_text(tomli_w.dumps(settings))
+
+    def process(self, *command: str, log: str) -> Process:
+        return Process(*command, folder=self.folder, log=log, environment=self.environment)
+
+    def start(self, *options: str, trust: ssl.SSLContext | None = None) -> Process:
+        """A SuperLink that answers; with `trust`, over TLS."""
+        host, port = self.address.split(":")
+        where = ("--host", host, "--port", port)
+        process = self.process("flower-superlink", *where, *options, log="superlink.log")
+        try:
+            until(lambda: process.ended or self._healthy(trust), "the SuperLink")
+            assert not process.ended, process.log
+        except AssertionError:
+            process.kill()
+            raise
+        return process
+
+    def _healthy(self, trust: ssl.SSLContext | None) -> bool:
+        protocol = "http" if trust is None else "https"
+        try:
+            url = f"{protocol}://{self.address}/health"
+            return httpx.get(url, verify=trust or True).is_success
+        except httpx.HTTPError:
+            return False
+
+
+class Deployment(Loopback):
+    """A SuperLink with TLS that knows its nodes' keys, and what it takes to connect to it.
+
+    Parameters
+    ----------
+    folder : Path
+        For keys, logs, Flower's own home and the nodes' memory.
+    nodes : tuple of str
+        Whose keys the SuperLink is told.
+    """
+
+    def __init__(self, folder: Path, nodes: tuple[str, ...]) -> None:
+        super().__init__(folder)
+        self.keys = folder / "keys"
+        self.environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
         self._nodes = nodes
 
-    @cached_property
-    def _trust(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=str(self.keys / "ca.crt"))
-
     def superlink(self) -> Process:
-        host, port = self.address.split(":")
-        process = self.process(
-            "flower-superlink",
-            *("--host", host, "--port", port),
+        self._superlink = self.start(
             *("--ssl-ca-certfile", str(self.keys / "ca.crt")),
             *("--ssl-certfile", str(self.keys / "server.crt")),
             *("--ssl-keyfile", str(self.keys / "server.key")),
             "--enable-supernode-auth",
-            log="superlink.log",
+            trust=ssl.create_default_context(cafile=str(self.keys / "ca.crt")),
         )
-        self._superlink = process
-        until(self._healthy, "the SuperLink")
-        return process
+        return self._superlink
 
     def kill_server_app(self) -> None:
         """As when the process of the run dies and the SuperLink lives on."""
@@ -160,21 +203,30 @@ class Deployment:
         for one in servers:
             one.kill()
 
-    def supernode(self, key: str | None, *extra: str, name: str, data: Path) -> Process:
+    def supernode(
+        self, key: str | None, *extra: str, name: str, data: Path, programs: Path | None = None
+    ) -> Process:
+        """Start a SuperNode; with `programs`, a folder of those it has in place of Flower's own."""
         own = () if key is None else ("--auth-supernode-private-key", key)
-        return self.process(
+        environment = dict(self.environment)
+        if programs is not None:
+            environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+        return Process(
             "flower-supernode",
             *("--superlink", self.address),
             *("--port", str(free_port())),
             *("--node-config", f'data="{data}" name="{name}"'),
             *own,
             *(extra or ("--root-certificates", str(self.keys / "ca.crt"))),
+            folder=self.folder,
             log=f"{name}.log",
+            environment=environment,
         )
 
-    def node(self, name: str, data: Path) -> Process:
-        """A SuperNode as it should be."""
-        return self.supernode(str(self.keys / "nodes" / name), name=name, data=data)
+    def node(self, name: str, data: Path, programs: Path | None = None) -> Process:
+        """A SuperNode that is let in."""
+        key = str(self.keys / "nodes" / name)
+        return self.supernode(key, name=name, data=data, programs=programs)
 
     def node_again(self, name: str, data: Path) -> Process:
         """A SuperNode that was killed, started until it is let in, as a service manager would.
@@ -191,21 +243,16 @@ class Deployment:
             time.sleep(5)
         raise AssertionError(f"{name} was not let in again")
 
-    def submit(self, config: Path) -> Process:
+    def submit(self, config: Config) -> Process:
         """Start a run as a user does."""
-        return self.process("cgfedllm", "run", str(config), "--superlink", "tls", log="run.log")
-
-    def process(self, *command: str, log: str) -> Process:
-        return Process(*command, folder=self.folder, log=log, environment=self.environment)
+        path = self.folder / f"{config.name}.toml"
+        path.write_text(config.to_toml())
+        return self.process("cgfedllm", "run", str(path), "--superlink", "tls", log="run.log")
 
     def prepare(self) -> None:
         """Keys, and a connection called `tls`."""
         make_keys(self.keys, *self._nodes)
-        home = Path(self.environment["FLWR_HOME"])
-        home.mkdir()
-        connection = {"address": self.address, "root-certificates": str(self.keys / "ca.crt")}
-        settings = {"superlink": {"default": "tls", "tls": connection}}
-        (home / "config.toml").write_text(tomli_w.dumps(settings))
+        self.connect("tls", **{"root-certificates": str(self.keys / "ca.crt")})
 
     def register(self) -> None:
         """Tell the SuperLink whom to let in."""
@@ -216,12 +263,6 @@ class Deployment:
             ) as done:
                 assert done.wait() == 0, done.log
 
-    def _healthy(self) -> bool:
-        try:
-            return httpx.get(f"https://{self.address}/health", verify=self._trust).is_success
-        except httpx.HTTPError:
-            return False
-
 
 @contextmanager
 def deployed(folder: Path, *nodes: str) -> Iterator[Deployment]:
@@ -231,3 +272,26 @@ def deployed(folder: Path, *nodes: str) -> Iterator[Deployment]:
     with deployment.superlink():
         deployment.register()
         yield deployment
+
+
+def in_process(config: Config, rows: Iterable[Path], folder: Path) -> Config:
+    """The experiment of nodes with rows of their own, where one process has everybody's.
+
+    Parameters
+    ----------
+    rows : iterable of Path
+        A file a node.
+    folder : Path
+        For copies of them, and the run.
+    """
+    together = folder / "rows"
+    together.mkdir()
+    for path in rows:
+        shutil.copy(path, together)
+    return config.with_overrides(
+        {
+            "data.source": str(together / "*.jsonl"),
+            "data.partition.kind": "files",
+            "output": str(folder / "in-process"),
+        }
+    )

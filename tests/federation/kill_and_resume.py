@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,16 @@ from cgfedllm.federation import client_app, server_app
 from cgfedllm.runs import RunFolder
 
 Listener = Callable[[events.Event], None]
+
+# every piece of state there is matters to a run with these
+SETTINGS = (
+    "uplink.name=int8",
+    "downlink.name=int8",
+    "federation.strategy.name=fedadam",
+    "lora.dropout=0.1",
+    "training.keep_optimizer=true",
+    "model.device=cpu",
+)
 
 
 def die(*_: Any) -> NoReturn:
@@ -257,17 +267,25 @@ def killed(work: Callable[..., Any], arm: Callable[[], Listener]) -> bool:
 
 
 def scenario(name: str, config: Config) -> dict[str, Any]:
-    def start(**kwargs: Any) -> None:
-        cgfedllm.run(config, **kwargs)
+    begun = config.run_dir.with_suffix(".begun")
+    begun.touch()
 
-    def go_on(**kwargs: Any) -> None:
-        cgfedllm.resume(config.run_dir, **kwargs)
+    def note(event: events.Event) -> None:
+        if isinstance(event, events.RoundStarted):
+            with begun.open("a") as file:
+                file.write(f"{event.round}\n")
+
+    def start(listeners: Iterable[Listener] = ()) -> None:
+        cgfedllm.run(config, listeners=[note, *listeners])
+
+    def go_on(listeners: Iterable[Listener] = ()) -> None:
+        cgfedllm.resume(config.run_dir, listeners=[note, *listeners])
 
     kills, work = 0, start
     match name:
         case "unbroken":
             assert in_child(start) == 0
-            return {"kills": 0}
+            return {"kills": 0, "rounds_begun": numbers(begun)}
         case _ if name == AGAIN_AND_AGAIN:
             # more than a round has, and no multiple of it: each kill hits another place
             while kills < 20 and killed(work, every(41)):
@@ -289,12 +307,17 @@ def scenario(name: str, config: Config) -> dict[str, Any]:
                 kills += 1
                 work = go_on
         case _:
+            every_point = POINTS | FLUSH_POINTS | CODEC_POINTS
             for point in POINTS if name == EACH_IN_TURN else [name]:
-                assert killed(work, POINTS[point]), f"never came to: {point}"
+                assert killed(work, every_point[point]), f"never came to: {point}"
                 kills += 1
                 work = go_on
     assert in_child(go_on) == 0
-    return {"kills": kills}
+    return {"kills": kills, "rounds_begun": numbers(begun)}
+
+
+def numbers(file: Path) -> list[int]:
+    return [int(line) for line in file.read_text().split()]
 
 
 def main(config_file: str, names: list[str]) -> None:

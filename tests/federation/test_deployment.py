@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cgfedllm.config import Config
 from cgfedllm.metrics import RoundRecord
 from cgfedllm.runs import RunFolder
 
-from .deployment import Deployment, Process, deployed, make_keys, until
+from .deployment import Deployment, deployed, in_process, make_keys, until
 
 MakeConfig = Callable[..., Config]
 
@@ -63,27 +62,8 @@ def job(tiny_config: MakeConfig, clinics: Path) -> MakeConfig:
     return make
 
 
-def submitted(deployment: Deployment, config: Config) -> Process:
-    path = deployment.folder / f"{config.name}.toml"
-    path.write_text(config.to_toml())
-    return deployment.submit(path)
-
-
 def records(config: Config) -> list[RoundRecord]:
     return RunFolder(config.run_dir).records() if config.run_dir.exists() else []
-
-
-def in_process(config: Config, clinics: Path, files: Path, output: Path) -> Config:
-    """The same experiment where one process has everybody's rows."""
-    for client in ("north", "south"):
-        shutil.copy(clinics / f"{client}.jsonl", files)
-    return config.with_overrides(
-        {
-            "data.source": str(files / "*.jsonl"),
-            "data.partition.kind": "files",
-            "output": str(output),
-        }
-    )
 
 
 def test_a_run_ends_as_in_one_process(
@@ -93,13 +73,12 @@ def test_a_run_ends_as_in_one_process(
     with (
         deployment.node("north", clinics / "north.jsonl"),
         deployment.node("south", clinics / "south.jsonl"),
-        submitted(deployment, config) as run,
+        deployment.submit(config) as run,
     ):
         assert run.wait(900) == 0, run.log
     assert "held-out NLL" in run.log  # whoever starts it sees it go on
-    files = tmp_path / "files"
-    files.mkdir()
-    local = in_process(config, clinics, files, tmp_path / "local")
+    rows = [clinics / "north.jsonl", clinics / "south.jsonl"]
+    local = in_process(config, rows, tmp_path)
     cgfedllm.run(local)
     for remote, here in zip(records(config), records(local), strict=True):
         assert remote.heldout_nll == pytest.approx(here.heldout_nll, abs=1e-5)
@@ -123,15 +102,15 @@ def test_what_a_killed_supernode_and_a_killed_server_held_is_not_lost(
     whole = job("name=whole", "federation.rounds=4")
     with deployment.node("south", clinics / "south.jsonl"):
         with deployment.node("north", clinics / "north.jsonl"):
-            with submitted(deployment, whole) as run:
+            with deployment.submit(whole) as run:
                 assert run.wait(900) == 0, run.log
-            with submitted(deployment, config) as run:
+            with deployment.submit(config) as run:
                 until(lambda: len(records(config)) > 2, "round 2", 900)
                 deployment.kill_server_app()  # and, at the end of the block, node north
         done = len(records(config))
         with (
             deployment.node_again("north", clinics / "north.jsonl"),
-            submitted(deployment, config) as again,
+            deployment.submit(config) as again,
         ):
             assert again.wait(900) == 0, again.log
     assert done < len(records(config)) == 5

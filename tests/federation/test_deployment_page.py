@@ -17,7 +17,10 @@ _BLOCKS = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 @pytest.mark.timeout(2400)
 def test_the_page_leads_from_nothing_to_an_adapter(tmp_path: Path) -> None:
     shutil.copytree(EXAMPLE, tmp_path, dirs_exist_ok=True)
-    commands = "\n".join(_BLOCKS.findall((EXAMPLE / "README.md").read_text()))
+    # what comes after needs machines that are not here
+    page, several, _ = (EXAMPLE / "README.md").read_text().partition("## On several machines\n")
+    commands = "\n".join(_BLOCKS.findall(page))
+    assert several
     assert "kill $(jobs -p)" in commands  # up to the end
     (tmp_path / "page.sh").write_text(f"set -e\n{commands}\necho as written\n")
     environment = Deployment(tmp_path, ()).environment

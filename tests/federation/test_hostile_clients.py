@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from cgfedllm import __version__, events
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.base_weights import BaseWeights
 from cgfedllm.codecs import CodecContext, make_codec
 from cgfedllm.config import Config
 from cgfedllm.data.names import is_safe_name, safe_names
@@ -100,13 +101,18 @@ class Answers(InProcessGrid):
 
 
 def about(client: Any, /, **changes: Any) -> RecordDict:
-    record = {"client": client, "rows": 1, "spec": "00ff", "release": __version__, **changes}
+    record = {
+        "client": client, "rows": 1, "spec": "00ff", "release": __version__,
+        "base-model": "m", "base-vectors": "aa", "base-matrices": "bb", **changes,
+    }  # fmt: skip
     return RecordDict({CONFIG: ConfigRecord(record)})
 
 
 def greeted(*answers: RecordDict | Error) -> tuple[Directory, list[str]]:
     """Who is known after greeting some nodes, and what is said of the others."""
-    directory = Directory(Answers(dict(enumerate(answers, start=2))), "00ff", 5.0)
+    directory = Directory(
+        Answers(dict(enumerate(answers, start=2))), "00ff", BaseWeights("m", "aa", "bb"), 5.0
+    )
     said: list[str] = []
 
     def listen(event: events.Event) -> None:

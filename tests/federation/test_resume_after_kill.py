@@ -18,26 +18,9 @@ from cgfedllm.config import load_config
 from cgfedllm.runs import RunFolder
 from cgfedllm.tgap.codec_file import load_codec_file
 
+from ..tiny import settings as tiny_settings
+
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
-# every piece of state there is matters to this run
-SETTINGS = (
-    "uplink.name=int8",
-    "downlink.name=int8",
-    "federation.strategy.name=fedadam",
-    "lora.dropout=0.1",
-    "training.keep_optimizer=true",
-    "data.format=qa",
-    "data.max_length=96",
-    "data.splits.validation=0.1",
-    "data.splits.heldout=0.1",
-    "lora.rank=4",
-    "model.device=cpu",
-    "training.batch_size=4",
-    "training.local_steps=2",
-    "training.lr=5e-3",
-    "federation.rounds=3",
-    "tracking.tensorboard=false",
-)
 
 
 def script() -> ModuleType:
@@ -60,13 +43,9 @@ def run_scenarios(
 
     def make(names: list[str], *settings: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("killed")
-        where = (
-            f'model.id="{tiny_model}"',
-            f'data.source="{tiny_data}"',
-            f'output="{folder / "runs"}"',
-        )
+        tiny = tiny_settings(tiny_model, tiny_data, folder / "runs")
         file = folder / "config.toml"
-        file.write_text(load_config(None, [*SETTINGS, *where, *settings]).to_toml())
+        file.write_text(load_config(None, [*tiny, *KILL.SETTINGS, *settings]).to_toml())
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(file), "unbroken", *names],
             capture_output=True,

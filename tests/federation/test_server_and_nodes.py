@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from flwr.clientapp import ClientApp
 
 from cgfedllm import __version__, events
+from cgfedllm.base_weights import BaseWeights
 from cgfedllm.config import Config
 from cgfedllm.errors import FederationError
 from cgfedllm.federation import directory as nodes
@@ -29,10 +30,15 @@ MakeConfig = Callable[..., Config]
 Answer = Callable[[Message], RecordDict]
 
 SPEC_HASH = "00ff"
+BASE = BaseWeights("organisation/model", "aa", "bb")
 
 
 def about(client: str, **changes: Any) -> RecordDict:
-    record = {"client": client, "rows": 1, "spec": SPEC_HASH, "release": __version__, **changes}
+    record = {
+        "client": client, "rows": 1, "spec": SPEC_HASH, "release": __version__,
+        "base-model": BASE.model, "base-vectors": BASE.vectors, "base-matrices": BASE.matrices,
+        **changes,
+    }  # fmt: skip
     return RecordDict({CONFIG: ConfigRecord(record)})
 
 
@@ -67,7 +73,7 @@ class Nodes(InProcessGrid):
 
 def directory(answers: dict[int, RecordDict | None]) -> tuple[Directory, Nodes]:
     grid = Nodes(answers)
-    return Directory(grid, SPEC_HASH, timeout=5.0), grid
+    return Directory(grid, SPEC_HASH, BASE, timeout=5.0), grid
 
 
 @pytest.fixture
@@ -108,6 +114,14 @@ def test_a_node_is_greeted_once_and_newcomers_are_met_later() -> None:
     [
         (about("x", release="0.0.0"), "x runs release 0.0.0"),
         (about("x", spec="beef"), "x has another adapter"),
+        (
+            about("x", **{"base-model": "organisation/model-instruct", "base-matrices": "cc"}),
+            "x has other base weights: its model is 'organisation/model-instruct', this run's is "
+            "'organisation/model'",
+        ),
+        (about("x", **{"base-vectors": "cc"}), "x has other base weights"),
+        (about("x", **{"base-model": "\x1b[2J", "base-vectors": "cc"}), "its model is '?[2J'"),
+        (about("x", **{"base-vectors": 7}), "x does not tell its base model"),
         (about("a"), "a client named 'a' is connected already"),
         (None, "no such thing here"),
         (RecordDict(), "does not answer as a client"),
@@ -127,6 +141,12 @@ def test_nodes_that_run_something_else_are_left_out_with_a_word(
     assert len(notices) == 1
     assert notices[0].startswith("node 3 is left out: ")
     assert reason in notices[0]
+
+
+def test_a_node_whose_matrices_are_quantised_is_judged_by_the_rest() -> None:
+    known, _ = directory({2: about("a"), 3: about("b", **{"base-matrices": ""})})
+    known.refresh()
+    assert known.names() == ("a", "b")
 
 
 def test_a_node_that_does_not_answer_the_greeting_is_waited_for_once(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +14,11 @@ import cgfedllm
 from cgfedllm import events
 from cgfedllm.config import Config
 
+from .soak import CLIENTS, ROUNDS, SEED, SETTINGS, SHARE, write_many
+
 MakeConfig = Callable[..., Config]
 
-CLIENTS, ROUNDS, WARM = 200, 50, 10
-FAULTS = 0.3
+WARM = 10
 # bytes that memory may gain after the first rounds
 GROWTH = 24 * 2**20
 
@@ -29,22 +29,10 @@ def folder_size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-@pytest.fixture
-def many_clients(tmp_path: Path) -> str:
-    rows = [
-        {"client": f"c{client:03d}", "question": f"what is {at} of {client}", "answer": f"{at}"}
-        for client in range(CLIENTS)
-        for at in range(4)
-    ]
-    path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f'data.source="{path}"'
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_a_long_run_of_many_clients_with_faults_grows_in_nothing(
-    many_clients: str,
+    tmp_path: Path,
     tiny_config: MakeConfig,
     faults: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
@@ -52,21 +40,8 @@ def test_a_long_run_of_many_clients_with_faults_grows_in_nothing(
     process = psutil.Process()
     memory: dict[int, int] = {}
     kept: dict[int, int] = {}
-    config = tiny_config(
-        many_clients,
-        "data.partition.min_rows=1",
-        "data.splits.validation=0.0",
-        "data.splits.heldout=0.1",
-        "data.max_length=48",
-        "training.local_steps=1",
-        "training.batch_size=2",
-        "uplink.name=int8",
-        "downlink.name=int8",
-        "evaluation.clients=false",
-        "evaluation.every=10",
-        f"federation.rounds={ROUNDS}",
-        "federation.timeout=30",
-    )
+    many = write_many(tmp_path / "many.jsonl")
+    config = tiny_config(f'data.source="{many}"', *SETTINGS)
 
     def listen(event: events.Event) -> None:
         if isinstance(event, events.RoundFinished) and event.record.round >= WARM:
@@ -75,12 +50,12 @@ def test_a_long_run_of_many_clients_with_faults_grows_in_nothing(
             if event.record.round in (WARM, ROUNDS):
                 kept[event.record.round] = folder_size(config.run_dir)
 
-    grids = faults.install(monkeypatch, faults.at_random(7, FAULTS))
+    grids = faults.install(monkeypatch, faults.at_random(SEED, SHARE))
     records = cgfedllm.run(config, listeners=[listen]).records
     assert [record.round for record in records] == list(range(ROUNDS + 1))
     # every fault is in the record of its round, and nobody else is
     happened = grids[0].happened
-    assert len(happened) > FAULTS / 2 * CLIENTS * ROUNDS
+    assert len(happened) > SHARE / 2 * CLIENTS * ROUNDS
     for record in records[1:]:
         hurt = {(client, kind) for client, round_, kind in happened if round_ == record.round}
         counted = {client.client for client in record.clients}

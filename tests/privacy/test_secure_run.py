@@ -14,10 +14,14 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 import cgfedllm
 from cgfedllm import api, events
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.analysis.curves import curve_of
+from cgfedllm.codecs import CodecContext, CodecState, make_codec
+from cgfedllm.codecs.learned import Learned
+from cgfedllm.codecs.learned.directions import learn
 from cgfedllm.codecs.packet import HEADER_SIZE, Packet
 from cgfedllm.config import Config
-from cgfedllm.errors import ConfigError, FederationError, SecureAggregationError
+from cgfedllm.errors import CodecError, ConfigError, FederationError, SecureAggregationError
 from cgfedllm.federation import client_app, secure, secure_client
 from cgfedllm.federation.messages import CONFIG
 from cgfedllm.metrics import RoundRecord
@@ -27,6 +31,7 @@ from cgfedllm.privacy.secagg.collector import traffic
 from cgfedllm.privacy.secagg.member import Member
 from cgfedllm.report.trackers import scalars
 from cgfedllm.runs import RunFolder
+from cgfedllm.tgap.codec_file import save_codec_file
 from cgfedllm.workspace import Workspace
 
 MakeConfig = Callable[..., Config]
@@ -441,6 +446,110 @@ def test_a_step_that_does_not_suit_is_told(
     assert any(said in text for text in warnings)
 
 
+# ---- with `learned` -----------------------------------------------------------------------------
+
+DIRECTIONS = 5
+
+
+@pytest.fixture
+def pretrained(tiny_config: MakeConfig, tmp_path: Path) -> tuple[str, ...]:
+    """A codec file whose options are not the defaults, and settings of runs that use it.
+
+    Clients of a run know these options from what the server sends them, and from nowhere else.
+    """
+    spec = Workspace(tiny_config(*FAST), tmp_path).spec
+    rng = np.random.default_rng(3)
+    updates = [
+        AdapterUpdate(spec, rng.standard_normal(spec.size).astype(np.float32)) for _ in range(3)
+    ]
+    codec = make_codec("learned", {"directions": DIRECTIONS, "bits": 10, "bpp": 6.0})
+    assert isinstance(codec, Learned)
+    path = tmp_path / "codec.safetensors"
+    save_codec_file(path, codec, CodecState.of(learn(spec, updates, DIRECTIONS)), spec, {})
+    return (
+        "uplink.name=learned", "uplink.options={scale_exponent=-12}", f'uplink.state="{path}"',
+        "training.subspace=true", "federation.rounds=3",
+    )  # fmt: skip
+
+
+def test_learned_in_its_linear_mode(
+    tiny_config: MakeConfig,
+    in_the_clear: Callable[..., np.ndarray],
+    pretrained: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sums: list[np.ndarray] = []
+    opened = secure.Collector.open
+
+    def look(self: Any, answers: Any) -> Any:
+        sums.append(opened(self, answers))
+        return sums[-1]
+
+    monkeypatch.setattr(secure.Collector, "open", look)
+    told: list[events.Event] = []
+    result = cgfedllm.run(tiny_config(*SECURE, *pretrained), listeners=[told.append])
+    np.testing.assert_allclose(adapter(result), in_the_clear(*pretrained), rtol=0, atol=1e-6)
+    # a step that suits: no warning, no round in which nothing is said
+    assert not [e for e in told if isinstance(e, events.Notice) and e.level == "warning"]
+    assert all(total.any() for total in sums)
+    spec = load_adapter(result.adapter_dir).spec
+    ranks = sum(min(factor.shape) for factor in spec)
+    assert {total.size for total in sums} == {ranks * DIRECTIONS}
+    # 10 bits a number, as the file has it, and 2 for the sum of three
+    packed = 52 + 16 + -(-ranks * DIRECTIONS * 12 // 8)
+    assert {c.uplink_bytes for r in result.records[1:] for c in r.clients} == {packed}
+    planned = make_plan(tiny_config(*SECURE, *pretrained), clients=3)
+    assert planned.uplink.total == result.records[-1].uplink_bytes_total
+
+
+def test_learned_when_a_client_falls_out(
+    tiny_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    fail_at: FailAt,
+    pretrained: tuple[str, ...],
+) -> None:
+    """What is opened is the sum of the packets of those who stayed, and decodes to theirs."""
+    packets: dict[tuple[str, int], bytes] = {}
+    decoded: list[np.ndarray] = []
+    mask, open_ = client_app.masked, secure.SecureStrategy._opened
+
+    def masked(packet: bytes, request: Any, member: Member, context: Any, codec: Any) -> bytes:
+        packets[member._name, context.round] = packet
+        return mask(packet, request, member, context, codec)
+
+    def opened(self: Any, server_round: int, collector: Any) -> AdapterUpdate:
+        total = open_(self, server_round, collector)
+        context = self._context(server_round)
+        own = [packets[name, server_round] for name in ("north", "west")]
+        wanted = sum(self._uplink.decode(packet, context).vector for packet in own)
+        np.testing.assert_allclose(total.vector, wanted, rtol=0, atol=1e-6)
+        decoded.append(total.vector)
+        return total
+
+    monkeypatch.setattr(client_app, "masked", masked)
+    monkeypatch.setattr(secure.SecureStrategy, "_opened", opened)
+    fail_at.plan = [("south", "train"), ("south", "advertise")]
+    result = cgfedllm.run(tiny_config(*SECURE, *pretrained, "federation.rounds=2"))
+    assert [len(record.clients) for record in result.records[1:]] == [2, 2]
+    assert len(decoded) == 2
+    assert all(np.abs(own).max() > 1e-4 for own in decoded)
+
+
+@pytest.mark.parametrize(
+    ("codec", "reason"), [("int8", "do not add up"), ("learned", "a step of its own")]
+)
+def test_a_client_masks_what_adds_up_and_nothing_else(
+    tmp_path: Path, codec: str, reason: str
+) -> None:
+    """Whatever options the server sends with a codec's state."""
+    made, spec = make_codec(codec, {}), AdapterSpec.from_shapes({"x": (3,)})
+    request = ConfigRecord({"secagg-session": bytes(16)})
+    context = CodecContext(spec, 1, state=made.initial_state(spec))
+    packet = made.encode(AdapterUpdate.zeros(spec), context)
+    with pytest.raises(CodecError, match=reason):
+        secure_client.masked(packet, request, Member(tmp_path, "north"), context, made)
+
+
 def test_sums_as_printed(tiny_config: MakeConfig, in_the_clear: Callable[..., np.ndarray]) -> None:
     settings = ("federation.aggregation=sum", "federation.rounds=1")
     result = cgfedllm.run(tiny_config(*SECURE, *settings))
@@ -496,9 +605,19 @@ def test_central_noise_is_added_to_the_sum_of_what_clients_clipped(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (["uplink.name=int8", "uplink.options={}"], r"those of 'int8' do not add up.*sketch"),
+        (
+            ["uplink.name=int8", "uplink.options={}"],
+            r"those of 'int8' do not add up; .* 'sketch', or 'learned' with a codec file",
+        ),
         (["uplink.name=raw", "uplink.options={}"], "those of 'raw' do not add up"),
-        (["uplink.name=learned", "uplink.options={}"], "those of 'learned' do not add up"),
+        (
+            ["uplink.name=learned", "uplink.options={}"],
+            "privacy.secagg: learned: each packet has a step of its own; set .* scale_exponent",
+        ),
+        (
+            ["uplink.name=learned", "uplink.options={scale_exponent=-8}"],
+            r"learned nothing; name a codec file in uplink\.state",
+        ),
         (["uplink.options={bpp=1.0}"], "set the option scale_exponent"),
         (["federation.weighting=examples"], r"set federation\.weighting = 'uniform'"),
         (["federation.strategy.name=median"], r"federation\.strategy\.name = 'fedavg' or"),

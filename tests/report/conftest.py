@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cgfedllm.metrics import ClientRecord, FailureRecord, RoundRecord
+from cgfedllm.metrics import ClientRecord, FailureRecord, ModuleRecord, RoundRecord
 
 CLIENTS = ("numpy", "torch", "transformers")
 PARAMETERS = 921_600
@@ -66,4 +66,15 @@ def learning(records: list[RoundRecord]) -> list[RoundRecord]:
     records[2].codec_bytes = 3 * 2**20
     for record in records[2:]:
         record.codec_bytes_total = 3 * 2**20
+    return records
+
+
+@pytest.fixture
+def keeping(records: list[RoundRecord]) -> list[RoundRecord]:
+    """The same run through a codec that keeps A factors well and B factors less and less."""
+    for record in records[1:]:
+        for client in record.clients:
+            for module in ("q_proj", "v_proj"):
+                client.fidelity[f"{module}.A"] = ModuleRecord(1.0, 0.99, 0.01)
+                client.fidelity[f"{module}.B"] = ModuleRecord(3.0, 2.0, float(record.round))
     return records

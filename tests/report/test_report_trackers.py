@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,14 @@ def test_scalars_hold_what_matters(records: list[RoundRecord]) -> None:
     assert values["seconds/train"] == 15.0
     assert values["clients/failed"] == 1.0
     assert values["clients/odd"] == 0.0
+
+
+def test_what_packets_kept_has_a_curve(keeping: list[RoundRecord]) -> None:
+    values = [scalars(record).get("update/snr_db") for record in keeping]
+    assert values == [
+        None,
+        *(pytest.approx(10 * math.log10(8 / (2 * n + 0.02))) for n in (1, 2, 3)),
+    ]
 
 
 def test_what_a_codec_that_learns_costs_has_curves_of_its_own(

@@ -28,7 +28,7 @@ from cgfedllm.errors import (
 )
 from cgfedllm.federation import client_app
 from cgfedllm.federation.codec_state import pack_whole
-from cgfedllm.pretraining import Pretraining
+from cgfedllm.pretraining import Pretraining, learned_codec
 from cgfedllm.report.figures import pretraining as pretraining_figures
 from cgfedllm.runs import RunFolder
 from cgfedllm.tgap.codec_file import CodecFile, load_codec_file
@@ -215,6 +215,16 @@ def test_a_client_too_small_for_d1_is_named(
             PrivacyError,
             "before any noise, and what a codec learns from them goes to all clients",
         ),
+        (
+            [
+                "privacy.secagg.enabled=true",
+                "federation.weighting=uniform",
+                "uplink.name=sketch",
+                "uplink.options={scale_exponent=-12}",
+            ],
+            ConfigError,
+            "pre-training collects them",
+        ),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_anything_is_trained(
@@ -228,6 +238,18 @@ def test_what_cannot_end_well_is_refused_before_anything_is_trained(
     monkeypatch.setattr(api, "record", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(error, match=message):
         api.pretrain(tiny_config(*SMALL, *changes), pca)
+
+
+def test_the_configuration_may_be_that_of_the_run_with_sums_only(tiny_config: MakeConfig) -> None:
+    """What a state is for is there already; that it is not fitted yet is no obstacle."""
+    config = tiny_config(
+        *SMALL, "uplink.name=learned", "uplink.options={bits=6, scale_exponent=-9}",
+        'uplink.state="not/yet.safetensors"', "training.subspace=true",
+        "privacy.secagg.enabled=true", "federation.weighting=uniform",
+    )  # fmt: skip
+    for text, exponent in (("learned", -9), ("learned:directions=8", None)):
+        options = learned_codec(config, text).options.model_dump()
+        assert options["scale_exponent"] == exponent
 
 
 @pytest.mark.parametrize(("kind", "what"), [("federated", "goes on"), ("centralised", "collects")])

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cgfedllm.adapter import Float32Array
-from cgfedllm.analysis.fidelity import factor_kind
+from cgfedllm.adapter import Float32Array, factor_kind
 from cgfedllm.analysis.samples import Sample
 from cgfedllm.analysis.structure import excess_kurtosis
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Factor, Float32Array
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array, factor_kind
 
 
 @dataclass
@@ -76,13 +76,10 @@ def snr_db(signal: float, error: float) -> float:
     """
     if not signal > 0:
         return math.nan
-    return 10 * math.log10(signal / error) if error > 0 else math.inf
-
-
-def factor_kind(factor: Factor) -> str:
-    """Module and factor without the layer, e.g. ``q_proj.A``."""
-    module = factor.module.rsplit(".", 1)[-1]
-    return f"{module}.{factor.kind}" if factor.kind else module
+    if not error > 0:
+        return math.inf
+    ratio = signal / error
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf  # too small for a float
 
 
 class ModuleFidelity:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cgfedllm.adapter import AdapterSpec, AdapterUpdate
-from cgfedllm.analysis.fidelity import Fidelity, factor_kind
+from cgfedllm.adapter import AdapterSpec, AdapterUpdate, factor_kind
+from cgfedllm.analysis.fidelity import Fidelity
 
 Float64Array = NDArray[np.float64]
 LowRank = tuple[Float64Array, Float64Array]

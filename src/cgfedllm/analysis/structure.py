@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cgfedllm.adapter import AdapterUpdate, Factor, Float32Array
-from cgfedllm.analysis.fidelity import factor_kind
+from cgfedllm.adapter import AdapterUpdate, Factor, Float32Array, factor_kind
 
 if TYPE_CHECKING:
     from cgfedllm.tgap.recording import Recording

@@ -1,8 +1,9 @@
 """Fair tuning: every candidate gets the same grid of trials, and none sees a held-out row.
 
 A trial is a run of its own, with a seed that is none of those compared, on the comparison's own
-split. It is judged by the mean over clients of the NLL on their validation rows after its last
-round; the global held-out set is not even evaluated.
+split. It is judged by the NLL on the clients' validation rows, weighted as in the average of
+updates, which is what a run makes small; the global held-out set is not even evaluated. One moment
+of a run with large steps says little, so the last quarter of a trial counts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ SHORT_NAMES = {
     "server_lr": "federation.server_lr",
     "decay": "uplink.error_feedback_decay",
 }
-JUDGED_ON = "mean over clients of the NLL on their validation rows after the trial's last round"
+JUDGED_ON = (
+    "NLL on the clients' validation rows, clients weighted as in the average of updates, mean over "
+    "the evaluations in the trial's last quarter"
+)
+# of a trial; its last quarter has two of them, unless it is very short
+_EVALUATIONS = 4
 _DECAY = "uplink.error_feedback_decay"
 _OPTION = "uplink.options."
 
@@ -100,7 +106,7 @@ class Tuning:
                 "name": name,
                 "seed": self.seed,
                 "federation.rounds": rounds,
-                "evaluation.every": 0,
+                "evaluation.every": max(1, rounds // _EVALUATIONS),
                 "evaluation.clients": True,
                 "evaluation.heldout": False,
             },
@@ -212,13 +218,24 @@ def parse_tuning(
 
 def judge(trial: Trial, records: Sequence[RoundRecord]) -> Verdict:
     """Take the trial's figure from its records; held-out figures are not looked at."""
-    last = records[-1].client_nll if records else {}
-    if not last:
+    evaluated = [record for record in records if record.client_nll and record.round]
+    if not evaluated:
         return Verdict(trial, None, failure="no client had a validation row to evaluate")
-    nll = sum(last.values()) / len(last)
+    last = evaluated[-1]
+    late = [record.client_nll for record in evaluated if record.round >= 0.75 * last.round]
+    rows = {own.client: own.examples for record in records for own in record.clients}
+    uniform = trial.config.federation.weighting == "uniform" or not rows
+    typical = 1.0 if uniform else sum(rows.values()) / len(rows)
+
+    def mean(nll: Mapping[str, float]) -> float:
+        # a client that was never asked to train has not said how many rows it has
+        weights = {name: 1.0 if uniform else rows.get(name, typical) for name in nll}
+        return sum(weights[name] * nll[name] for name in nll) / sum(weights.values())
+
+    nll = sum(map(mean, late)) / len(late)
     if not math.isfinite(nll):
-        return Verdict(trial, None, len(last), f"the validation NLL is {nll}")
-    return Verdict(trial, nll, len(last))
+        return Verdict(trial, None, len(last.client_nll), f"the validation NLL is {nll}")
+    return Verdict(trial, nll, len(last.client_nll))
 
 
 def choose(verdicts: Sequence[Verdict], default: Mapping[str, Any]) -> Choice:

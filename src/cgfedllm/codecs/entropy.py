@@ -282,27 +282,39 @@ def frequency_codes(counts: NDArray[Any]) -> Int32Array:
 
     Parameters
     ----------
-    counts : ndarray, shape (size,)
-        How often each symbol occurs; at least one does.
+    counts : ndarray, shape (..., size)
+        How often each symbol occurs; at least one of every table does.
 
     Returns
     -------
-    ndarray, shape (size,)
+    ndarray, shape (..., size)
         0 for symbols that do not occur, 1 to 63 for the others; the commonest is about 63.
     """
     counts = np.asarray(counts, np.float64)
     with np.errstate(divide="ignore"):
-        below = np.rint(4 * np.log2(counts / counts.max()))
+        below = np.rint(4 * np.log2(counts / counts.max(axis=-1, keepdims=True)))
     codes = np.maximum(_LAST_CODE + below, 1)
     return np.where(counts > 0, codes, 0).astype(np.int32)
 
 
-def frequencies(codes: NDArray[Any]) -> NDArray[np.int64]:
-    """Integer frequencies of a table, shape (size,): they sum to 2^16, none is below 1."""
+def frequencies(codes: NDArray[Any], sizes: NDArray[Any] | None = None) -> NDArray[np.int64]:
+    """Integer frequencies of tables: each sums to 2^16, none is below 1.
+
+    Parameters
+    ----------
+    codes : ndarray, shape (..., size)
+        Of symbols, as `frequency_codes` gives them.
+    sizes : ndarray, shape (...), or None
+        Symbols of each table, where some are shorter; what is beyond them is no part of it.
+    """
     weights = _WEIGHTS[codes]
+    size = weights.shape[-1] if sizes is None else sizes[..., None]
     # one is set aside for each symbol first, so that the rest can only be left over, never missing
-    table: NDArray[np.int64] = 1 + weights * (_TOTAL - weights.size) // weights.sum()
-    table[np.argmax(table)] += _TOTAL - table.sum()
+    table: NDArray[np.int64] = weights * (_TOTAL - size) // weights.sum(axis=-1, keepdims=True)
+    left = _TOTAL - size - table.sum(axis=-1, keepdims=True)
+    commonest = table.argmax(axis=-1, keepdims=True)
+    np.put_along_axis(table, commonest, np.take_along_axis(table, commonest, -1) + left, -1)
+    table += 1
     return table
 
 
@@ -316,21 +328,26 @@ def symbol_bits(counts: NDArray[Any]) -> Float64Array:
     return np.log2(_TOTAL / table)
 
 
-def levels_bits(counts: NDArray[Any]) -> float:
+def levels_bits(counts: NDArray[Any]) -> Float64Array:
     """Bits that `SymbolWriter.levels` spends on magnitudes that occur ``counts[m]`` times.
 
     Parameters
     ----------
-    counts : ndarray, shape (largest magnitude + 1,) or longer
+    counts : ndarray, shape (..., largest magnitude + 1) or longer
         Occurrences of magnitude 0, 1, 2, ...; the last entry may lump all larger ones.
+
+    Returns
+    -------
+    ndarray, shape (...)
     """
-    counts = np.trim_zeros(np.asarray(counts, np.float64), "b")
-    large = counts[_ESCAPE:]
-    widths = np.zeros(_GAMMA_WIDTHS)
-    if large.size:
-        sent = _bit_lengths(np.arange(1, large.size + 1)) - 1
-        widths[: sent[-1] + 1] = np.bincount(sent, weights=large)
-    return _levels_bits(counts[:_ESCAPE], widths)
+    counts = np.asarray(counts, np.float64)
+    small, large = counts[..., :_ESCAPE], counts[..., _ESCAPE:]
+    widths = np.zeros((*counts.shape[:-1], _GAMMA_WIDTHS))
+    if large.shape[-1]:
+        sent = _bit_lengths(np.arange(1, large.shape[-1] + 1)) - 1
+        starts = np.flatnonzero(np.diff(sent, prepend=-1))
+        widths[..., : starts.size] = np.add.reduceat(large, starts, axis=-1)
+    return _levels_bits(small, widths)
 
 
 def bits_of_levels(levels: NDArray[Any]) -> float:
@@ -341,30 +358,33 @@ def bits_of_levels(levels: NDArray[Any]) -> float:
         for magnitudes in _magnitudes(levels):
             escaped = magnitudes[magnitudes >= _ESCAPE] - (_ESCAPE - 1)
             widths += np.bincount(_bit_lengths(escaped) - 1, minlength=_GAMMA_WIDTHS)
-    return _levels_bits(np.trim_zeros(small[:_ESCAPE].astype(np.float64), "b"), widths)
+    return float(_levels_bits(small[:_ESCAPE].astype(np.float64), widths))
 
 
-def _levels_bits(small: Float64Array, widths: NDArray[Any]) -> float:
+def _levels_bits(small: Float64Array, widths: NDArray[Any]) -> Float64Array:
     """From the counts of magnitudes below the escape, and of escaped ones by width."""
-    header = float(np.log2(_ESCAPE + 1))
-    escaped = widths.sum()
-    extra = 0.0
-    if escaped:
-        small = np.append(np.pad(small, (0, _ESCAPE - small.size)), escaped)
-        extra = _symbols_bits(widths) + float((widths * np.arange(widths.size)).sum())
-    if small.size <= 1:
-        return header
-    return header + _symbols_bits(small) + extra + float(small[1:].sum())
+    escaped = widths.sum(axis=-1)
+    extra = np.zeros(escaped.shape)
+    if escaped.any():
+        below = [(0, 0)] * (small.ndim - 1) + [(0, _ESCAPE - small.shape[-1])]
+        small = np.concatenate([np.pad(small, below), escaped[..., None]], axis=-1)
+        gamma = _symbols_bits(widths, np.full(escaped.shape, _GAMMA_WIDTHS))
+        extra = np.where(escaped > 0, gamma + widths @ np.arange(_GAMMA_WIDTHS), 0.0)
+    there = small > 0
+    # symbols of each table: up to the largest magnitude that occurs
+    sizes = np.where(there.any(axis=-1), small.shape[-1] - there[..., ::-1].argmax(axis=-1), 0)
+    bits = _symbols_bits(small, sizes) + extra + small[..., 1:].sum(axis=-1)
+    return np.asarray(np.log2(_ESCAPE + 1) + np.where(sizes > 1, bits, 0.0))
 
 
-def _symbols_bits(counts: NDArray[Any]) -> float:
-    """Bits that `SymbolWriter.symbols` spends, its table included."""
-    codes = frequency_codes(counts)
-    present = codes > 0
-    coded = 0.0
-    if np.count_nonzero(present) > 1:
-        coded = float((counts[present] * np.log2(_TOTAL / frequencies(codes)[present])).sum())
-    return _CODE_BITS * counts.size + coded
+def _symbols_bits(counts: NDArray[Any], sizes: NDArray[Any]) -> Float64Array:
+    """Bits that `SymbolWriter.symbols` spends, its table included; tables are of these sizes."""
+    # what does not occur at all is given a table that nothing is coded with
+    empty = counts.sum(axis=-1, keepdims=True) == 0
+    codes = frequency_codes(np.where(empty, 1, counts))
+    several = np.count_nonzero(counts, axis=-1) > 1
+    coded = (counts * np.log2(_TOTAL / frequencies(codes, sizes))).sum(axis=-1)
+    return np.asarray(_CODE_BITS * sizes + np.where(several, coded, 0.0))
 
 
 def _table(codes: NDArray[Any]) -> Any:

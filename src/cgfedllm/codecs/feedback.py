@@ -25,6 +25,8 @@ class Encoded:
     ----------
     packet : bytes
         What goes over the wire.
+    wanted : AdapterUpdate
+        What went into the codec: the update and what was added of the residual.
     decoded : AdapterUpdate
         What the other end will see.
     residual : AdapterUpdate or None
@@ -32,6 +34,7 @@ class Encoded:
     """
 
     packet: bytes
+    wanted: AdapterUpdate
     decoded: AdapterUpdate
     residual: AdapterUpdate | None
 
@@ -72,4 +75,4 @@ def encode_with_feedback(
         wanted = update + residual.scaled(decay)
     packet = codec.encode(wanted, context)
     decoded = wanted if codec.lossless else codec.decode(packet, context)
-    return Encoded(packet, decoded, wanted - decoded if enabled else None)
+    return Encoded(packet, wanted, decoded, wanted - decoded if enabled else None)

@@ -96,6 +96,11 @@ class LearnedCodec(Codec):
     learns_gradients: ClassVar[bool] = False
     """Whether steps of plain gradient descent teach it more than the run's own updates."""
 
+    @property
+    def needs_state(self) -> bool:
+        """Whether packets say nothing as long as nothing has been learned."""
+        return False
+
     @abstractmethod
     def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
         """The state before anything is learned, version 0."""

@@ -225,7 +225,7 @@ def _expectation(
         drawn[0] = values.size - t[0] + t[1]
         drawn[1:] = t[:-2] - 2 * t[1:-1] + t[2:]
         drawn[-1] += t[-2] - t[-1] if top == most_levels else 0
-        return levels_bits(np.maximum(drawn, 0))
+        return float(levels_bits(np.maximum(drawn, 0)))
 
     low = max(largest * _SMALLEST_RATIO, float(_SMALLEST_STEP))
     # at the highest step, one value in four packets is expected to be sent

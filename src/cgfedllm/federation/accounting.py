@@ -49,6 +49,7 @@ def client_record(received: Received, tally: RoundTally) -> ClientRecord:
         norm_ratio=None if screened is None else screened.norm_ratio,
         cosine=None if screened is None else screened.cosine,
         suspicion="" if screened is None else screened.suspicion,
+        fidelity=received.fidelity,
     )
 
 

@@ -39,8 +39,12 @@ from cgfedllm.evaluation.nll import evaluate_nll
 from cgfedllm.federation.client_state import ClientState
 from cgfedllm.federation.codec_state import CodecBroadcast, StatefulCodec, receive_state
 from cgfedllm.federation.downlink import Broadcast, fingerprint, receive
+from cgfedllm.federation.fidelity import tell_fidelity
 from cgfedllm.federation.messages import (
     ARRAYS,
+    BASE_MATRICES,
+    BASE_MODEL,
+    BASE_VECTORS,
     CHECK,
     CLIP,
     CODEC_HASH,
@@ -233,6 +237,9 @@ def hello(message: Message, context: Context) -> Message:
             "rows-dropped": rows.dropped,
             "spec": workspace.spec.hash.hex(),
             "release": __version__,
+            BASE_MODEL: workspace.base_weights.model,
+            BASE_VECTORS: workspace.base_weights.vectors,
+            BASE_MATRICES: workspace.base_weights.matrices,
         }
     )
     return Message(RecordDict({CONFIG: about}), reply_to=message)
@@ -406,7 +413,7 @@ def _send(
     encoded = encode(update) if longest is None else encode_within(encode, update, longest)
     packet = encoded.packet
     if secure:
-        packet = masked(packet, config, session.member, coding, workspace.config)
+        packet = masked(packet, config, session.member, coding, codec.codec)
     encode_seconds = time.perf_counter() - began
     # residual and moments go into one file: a round's memory is complete or absent
     session.state.save_memory(round_, residual=encoded.residual, optimizer=optimizer)
@@ -426,6 +433,9 @@ def _send(
     if central and workspace.config.privacy.adaptive_clip.enabled:
         metrics[WITHIN_CLIP] = int(within)
     withhold(metrics, privacy)
+    # of one update, exactly: no privacy budget covers that, and sums are to hide it
+    if privacy is None and not secure:
+        tell_fidelity(metrics, encoded)
     if secure:
         for key in WITHHELD:
             metrics.pop(key, None)

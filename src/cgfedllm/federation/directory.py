@@ -11,9 +11,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from cgfedllm import __version__, events
+from cgfedllm.base_weights import BaseWeights
 from cgfedllm.data.names import is_safe_name
 from cgfedllm.errors import CgFedLlmError, FederationError
-from cgfedllm.federation.messages import CONFIG, MOST_COUNTED
+from cgfedllm.federation.messages import (
+    BASE_MATRICES,
+    BASE_MODEL,
+    BASE_VECTORS,
+    CONFIG,
+    MOST_COUNTED,
+)
 from cgfedllm.interrupt import check_interrupt
 from cgfedllm.text import printable
 
@@ -31,9 +38,10 @@ class Directory:
     Node ids differ from engine to engine and from start to start; client names do not.
     """
 
-    def __init__(self, grid: Grid, spec_hash: str, timeout: float) -> None:
+    def __init__(self, grid: Grid, spec_hash: str, base: BaseWeights, timeout: float) -> None:
         self._grid = grid
         self._spec_hash = spec_hash
+        self._base = base
         self._timeout = timeout
         self._names: dict[int, str] = {}
         self._refused: dict[int, str] = {}
@@ -127,6 +135,7 @@ class Directory:
             raise FederationError(
                 f"{name} has another adapter (other base model, rank or target modules)"
             )
+        self._check_base(name, about)
         # some file systems, and some people, do not tell upper from lower case
         taken = {
             known.casefold(): known for node, known in self._names.items() if node in present
@@ -136,6 +145,20 @@ class Directory:
         counts = {key: about.get(key) for key in ("rows", "rows-cut", "rows-dropped")}
         self._rows[name] = Counter({k: n for k, n in counts.items() if _is_count(n)})
         return name
+
+    def _check_base(self, name: str, about: ConfigRecord) -> None:
+        told = [about.get(key) for key in (BASE_MODEL, BASE_VECTORS, BASE_MATRICES)]
+        words = [word for word in told if isinstance(word, str)]
+        if len(words) < len(told):
+            raise FederationError(f"{name} does not tell its base model as a client of this app")
+        base = BaseWeights(*words)
+        if self._base.differs(base):
+            raise FederationError(
+                f"{name} has other base weights: its model is {printable(base.model, 100)!r}, this "
+                f"run's is {self._base.model!r}. They have the same shapes and are not the same "
+                "checkpoint (base and instruct, another revision, another quantisation?); give "
+                "every node the same one"
+            )
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -36,6 +36,8 @@ CODEC, CODEC_STATE, CODEC_STATE_STYPE = "codec", "state", "cgfedllm.codec-state"
 CODEC_KIND, CODEC_VERSION, CODEC_HASH = "codec-kind", "codec-version", "codec-hash"
 # where the clipping norm changes: what it is in a round, and whether an update was within it
 CLIP, WITHIN_CLIP = "clip", "within-clip"
+# what a node greets with of its base model, see `base_weights`
+BASE_MODEL, BASE_VECTORS, BASE_MATRICES = "base-model", "base-vectors", "base-matrices"
 # secure aggregation: actions of `query` messages, and what those and training messages carry
 ADVERTISE, SHARE, UNMASK = "advertise", "share", "unmask"
 SESSION, NAMES, KEYS, SEALED, PLACES, SHARES = (

@@ -9,11 +9,12 @@ from flwr.app import ConfigRecord, RecordDict
 
 from cgfedllm import events
 from cgfedllm.adapter import AdapterUpdate
-from cgfedllm.codecs import CodecContext
+from cgfedllm.codecs import Codec, CodecContext
+from cgfedllm.codecs.entropy import Int32Array
 from cgfedllm.codecs.feedback import Encoded
-from cgfedllm.codecs.linear import Int32Array
-from cgfedllm.config import Config, linear_codec
-from cgfedllm.errors import SecureAggregationError
+from cgfedllm.codecs.linear import LinearCodec
+from cgfedllm.config import Config
+from cgfedllm.errors import CodecError, SecureAggregationError
 from cgfedllm.federation.messages import (
     ADVERTISE,
     CONFIG,
@@ -38,7 +39,8 @@ WITHHELD = ("train-loss", "tokens", "update-norm")
 """What a client reports of its own update or rows, and does not where only sums may be seen."""
 
 _STEP_BACK = 0.99
-_MANY = 0.05
+# of the energy; of Gaussian numbers, 5 % are cut off then
+_MANY = 0.2
 
 
 def answer(action: str, content: RecordDict, member: Member, config: Config) -> RecordDict:
@@ -79,31 +81,41 @@ def threshold(config: Config, members: int) -> int:
 
 
 def masked(
-    packet: bytes, request: ConfigRecord, member: Member, context: CodecContext, config: Config
+    packet: bytes, request: ConfigRecord, member: Member, context: CodecContext, codec: Codec
 ) -> bytes:
     """A client's packet, masked for the session that the server's message names.
 
+    Parameters
+    ----------
+    codec : Codec
+        That made the packet: with a codec file it has options that the configuration lacks.
+
     Raises
     ------
+    CodecError
+        If the codec is not linear.
     SecureAggregationError
         If there is no such session here, or too few peers share it.
     """
-    codec, session = linear_codec(config.uplink), blob_in(request, SESSION)
+    if not isinstance(codec, LinearCodec):
+        raise CodecError(f"packets of {codec.name!r} do not add up, so they cannot be masked")
+    session, reach = blob_in(request, SESSION), codec.reach
     levels = codec.levels(packet, context)
-    _tell_step(levels, codec.reach)
+    _tell_step(levels, reach)
     sealed = blob_in(request, SEALED)
-    numbers = member.mask(session, places_in(request), sealed, levels, codec.reach)
+    numbers = member.mask(session, places_in(request), sealed, levels, reach)
     return masked_packet(numbers, session, context)
 
 
 def _tell_step(levels: Int32Array, reach: int) -> None:
     """Warn where the step that all clients were configured with does not suit this update."""
-    cut = float(np.mean(np.abs(levels) == reach)) if levels.size else 0.0
+    energies = np.square(levels, dtype=np.float64)
+    cut = float(energies[np.abs(levels) == reach].sum() / (energies.sum() or 1.0))
     text = ""
     if not levels.any():
         text = "all numbers of an update round to zero: nothing is sent; lower"
     elif reach > 1 and cut > _MANY:
-        text = f"{100 * cut:.0f} % of an update's numbers are cut off; raise"
+        text = f"numbers with {100 * cut:.0f} % of an update's energy are cut off; raise"
     if text:
         text += " the codec's scale_exponent (uplink.options)"
         events.publish(events.Notice(f"secure aggregation: {text}", "warning"))

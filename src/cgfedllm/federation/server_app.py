@@ -69,7 +69,7 @@ class Server:
         # where every client runs in this very process none can be late, only last in the queue
         self._complete = bool(getattr(grid, "complete", False))
         self._timeout = math.inf if self._complete else federation.timeout
-        self._directory = Directory(grid, spec.hash.hex(), self._timeout)
+        self._directory = Directory(grid, spec.hash.hex(), workspace.base_weights, self._timeout)
         self._grid = NamedGrid(grid, self._directory)
         self._broadcaster = Broadcaster(
             spec,

@@ -30,6 +30,7 @@ from cgfedllm.config import ScreeningConfig
 from cgfedllm.errors import CgFedLlmError, PacketError
 from cgfedllm.federation.codec_state import CodecBroadcaster, UpdateSample
 from cgfedllm.federation.downlink import Broadcaster, fingerprint
+from cgfedllm.federation.fidelity import told_fidelity
 from cgfedllm.federation.messages import (
     ARRAYS,
     CHECK,
@@ -59,6 +60,7 @@ from cgfedllm.federation.messages import (
 from cgfedllm.federation.product import ProductGap
 from cgfedllm.federation.screening import Screen, Screened, Sketch
 from cgfedllm.federation.strategies import averages_first, rebase
+from cgfedllm.metrics import ModuleRecord
 from cgfedllm.seeding import derive_seed
 from cgfedllm.text import printable
 
@@ -72,6 +74,7 @@ class Received:
     packet_bytes: int
     decode_seconds: float
     metrics: dict[str, float]
+    fidelity: dict[str, ModuleRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -367,7 +370,8 @@ class CompressedStrategy(Strategy):
         weight = examples if self._weighting == "examples" else 1.0
         client = self._name(reply.metadata.src_node_id)
         seconds = time.perf_counter() - began
-        received = Received(client, weight, len(packet), seconds, metrics)
+        fidelity = told_fidelity(reply.content, update)
+        received = Received(client, weight, len(packet), seconds, metrics, fidelity)
         return _Decoded(reply, received, update, adapter)
 
     def _packet(self, reply: Message) -> bytes:

@@ -20,6 +20,7 @@ from cgfedllm.config import Config
 from cgfedllm.errors import MissingExtraError
 from cgfedllm.events import Event, Notice, RoundFinished, RunStarted, publish
 from cgfedllm.metrics import RoundRecord
+from cgfedllm.report.fidelity import finite_snr, total_fidelity
 from cgfedllm.report.rows import flatten
 from cgfedllm.report.summary import mean_train_loss
 from cgfedllm.runs import RunFolder
@@ -76,6 +77,7 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "bytes/tgap_uplink": record.tgap_uplink_bytes or None,
         "bytes/tgap_downlink": record.tgap_downlink_bytes or None,
         "update/norm": record.update_norm,
+        "update/snr_db": finite_snr(total_fidelity([record])),
         "update/product_gap": record.product_gap,
         "privacy/epsilon": record.epsilon,
         "privacy/clip": record.clip,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cgfedllm.errors import CheckpointError
-from cgfedllm.metrics import RoundRecord
+from cgfedllm.metrics import ModuleRecord, RoundRecord
 from cgfedllm.report.html.page import write_comparison
 from cgfedllm.runs import RunFolder
 
@@ -62,6 +62,29 @@ def test_curves_and_time(pair: tuple[RunFolder, RunFolder], compare: Callable[..
     assert "before training: 3.0000." in against_bytes
     bars = [a["aria-label"] for tag, a in page.tags if tag == "svg" and a.get("class") == "stack"]
     assert bars == ["Time of raw: 1:11 min", "Time of int8: 1:11 min"]
+
+
+def test_what_was_kept_has_a_column_a_run(
+    make_run: MakeRun,
+    make_records: Callable[..., list[RoundRecord]],
+    keeping: list[RoundRecord],
+    compare: Callable[..., Any],
+) -> None:
+    exact = make_records()
+    for record in exact:
+        for client in record.clients:
+            client.fidelity = {"q_proj.A": ModuleRecord(1.0, 1.0, 0.0)}
+    page = compare(
+        make_run(keeping, "name=int4"), make_run(exact, "name=raw"),
+        make_run(make_records(), "name=old"),
+    )  # fmt: skip
+    table = page.table("SNR of the packets by module (dB)")
+    assert list(table) == ["q_proj A", "q_proj B", "v_proj A", "v_proj B", "all modules"]
+    columns = {"int4": "20.00", "raw": "exact", "old": "–"}
+    assert table["q_proj A"] == {"module and factor": "q_proj A", **columns}
+    assert [table["q_proj B"][run] for run in columns] == ["1.76", "–", "–"]
+    (told,) = [text for text in page.of("desc") if text.startswith("int4: 5.")]
+    assert "raw" not in told
 
 
 def test_only_settings_that_differ(

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from cgfedllm.metrics import RoundRecord
+from cgfedllm.metrics import ModuleRecord, RoundRecord
 from cgfedllm.report.html.page import write_comparison, write_run_report
 from cgfedllm.runs import RunFolder
 
@@ -128,6 +128,9 @@ def reports(
         record.epsilon = 2.0 * record.round
         for client in record.clients:
             client.client = f"{client.client}-{'with-a-long-name-' * 6}"
+            for number in range(7):
+                told = ModuleRecord(1.0, 0.9, 0.1 * number * record.round)
+                client.fidelity[f"{number}_{'long_name_' * number}.A"] = told
     settings = ("uplink.name=cg_cnn", "privacy.mechanism=local", "uplink.error_feedback=false")
     one, other = make_run(learning, *settings), make_run(learning, "name=other")
     write_run_report(one, site[0] / "report.html")

@@ -31,6 +31,8 @@ def test_a_run_writes_its_report(tiny_config: MakeConfig, read_page: ReadPage) -
     assert page.table("Change of the weights by module, over all layers")
     sent = page.table("Bytes of the whole run, over all clients")["Uplink"]
     assert sent["codec"] == "int8"
+    kept = page.table("SNR and cosine by module, over the whole run")
+    assert float(kept["all modules"]["SNR (dB)"]) > 15
     # written anew, it is the same
     before = RunFolder(result.run_dir).report_path.read_bytes()
     assert api.report([result.run_dir]).read_bytes() == before

@@ -13,7 +13,7 @@ import pytest
 
 from cgfedllm.adapter import AdapterSpec
 from cgfedllm.errors import CheckpointError
-from cgfedllm.metrics import ClientRecord, FailureRecord, RoundRecord
+from cgfedllm.metrics import ClientRecord, FailureRecord, ModuleRecord, RoundRecord
 from cgfedllm.report.html.page import write_run_report
 from cgfedllm.runs import RunFolder
 from cgfedllm.storage import save_tensors, write_json
@@ -135,6 +135,78 @@ def test_no_faults_are_said_too(
 ) -> None:
     records[2].failures = []
     assert "None: every reply was used" in report_of(make_run(records)).text
+
+
+KEPT = "SNR and cosine by module, over the whole run"
+
+
+def test_what_the_packets_kept_by_module(
+    make_run: MakeRun, report_of: ReportOf, keeping: list[RoundRecord]
+) -> None:
+    page = report_of(make_run(keeping, "uplink.name=int4"))
+    table = page.table(KEPT)
+    assert list(table) == ["q_proj A", "q_proj B", "v_proj A", "v_proj B", "all modules"]
+    assert table["q_proj A"] == {
+        "module and factor": "q_proj A", "share of the energy": "12.5 %", "SNR (dB)": "20.00",
+        "cosine": "0.995",
+    }  # fmt: skip
+    # sums over rounds before anything is divided: 9 of signal, 1 + 2 + 3 of error
+    assert table["v_proj B"]["SNR (dB)"] == "1.76"
+    assert table["all modules"]["SNR (dB)"] == f"{10 * math.log10(24 / 12.06):.2f}"
+    told = " ".join(page.of("desc"))
+    first, last = (10 * math.log10(8 / (2 * n + 0.02)) for n in (1, 3))
+    assert f"SNR: {first:.2f} at round 1, {last:.2f} at round 3" in told
+    assert "Highest: round 1, q_proj A: 20.00 dB. Lowest: round 3, q_proj B: 0.00 dB." in told
+    assert "SNR of the packets by round and module" in page.of("figcaption")
+
+
+def test_exact_packets_are_called_so(
+    make_run: MakeRun, report_of: ReportOf, keeping: list[RoundRecord]
+) -> None:
+    for record in keeping:
+        for client in record.clients:
+            client.fidelity = {"q_proj.A": ModuleRecord(1.0, 1.0, 0.0)}
+            client.fidelity["q_proj.B"] = ModuleRecord(0.0, 0.0, 0.0)
+    page = report_of(make_run(keeping))
+    table = page.table(KEPT)
+    assert [table[name]["SNR (dB)"] for name in table] == ["exact", "–", "exact"]
+    assert not [title for title in page.of("figcaption") if "SNR" in title]
+
+
+def test_runs_that_do_not_tell_have_no_such_part(
+    make_run: MakeRun, report_of: ReportOf, records: list[RoundRecord]
+) -> None:
+    assert "What the packets kept" not in report_of(make_run(records)).text
+
+
+def test_many_rounds_share_columns(
+    make_run: MakeRun, report_of: ReportOf, make_records: Callable[..., list[RoundRecord]]
+) -> None:
+    records = make_records(150, ("numpy",))
+    for record in records[1:]:
+        record.clients[0].fidelity = {"q_proj.A": ModuleRecord(2.0, 1.0, 1.0)}
+    page = report_of(make_run(records, rounds=150))
+    cells = [attributes for tag, attributes in page.tags if attributes.get("class") == "cell"]
+    assert len(cells) == 50
+    assert "rounds 148 to 150, q_proj A: 3.01 dB" in page.of("title")
+
+
+def test_what_no_packet_can_keep_is_shown_all_the_same(
+    make_run: MakeRun, report_of: ReportOf, keeping: list[RoundRecord]
+) -> None:
+    """A client's word is only bounded; no word breaks the page."""
+    odd = [0.0, 5e-324, 1e120]
+    for record in keeping[1:]:
+        for number, client in enumerate(record.clients):
+            client.fidelity = {
+                f"{a}{b}{c}": ModuleRecord(odd[a], odd[b], odd[c])
+                for a, b, c in np.ndindex(3, 3, 3)
+                if number == 0
+            }
+    table = report_of(make_run(keeping)).table(KEPT)
+    assert len(table) == 28
+    assert all(row["cosine"] == "–" or abs(float(row["cosine"].replace("−", "-"))) <= 1
+               for row in table.values())  # fmt: skip
 
 
 def test_the_privacy_budget_by_round(

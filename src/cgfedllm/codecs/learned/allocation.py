@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cgfedllm.adapter import Float32Array
-from cgfedllm.codecs.parts.deadzone import Histogram, Quantiser
+from cgfedllm.codecs.parts.deadzone import Histogram, bits_at
 from cgfedllm.codecs.parts.vectors import SCALAR, lean_of
 from cgfedllm.codecs.parts.worth import Modes
 from cgfedllm.codecs.rate import largest_within
@@ -26,8 +26,6 @@ IntArray = NDArray[np.int64]
 
 # bits of a row beside its entries, until some are written: scale and mode
 SIDE_BITS = 4.5
-# squared step over slope of a uniform quantiser at high rate
-_STEP_OF_SLOPE = 6 * float(np.log(2))
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,8 @@ class Choice:
         chosen = [own.at(slope) for own in self._options]
         bits = sum(own[1] for own in chosen)
         scalar = sum(own[2] for own in chosen)
-        if self._histogram is not None and self._histogram.largest:
-            step = np.sqrt(_STEP_OF_SLOPE * slope)
-            step = max(step, self._histogram.largest * 2.0**-21)
-            if step < 2 * self._histogram.largest:
-                loose = self._histogram.try_out(Quantiser(float(step), 0.6, 0.6))[0]
-                bits, scalar = bits + loose, scalar + loose
+        loose = bits_at(self._histogram, slope) if self._histogram else 0.0
+        bits, scalar = bits + loose, scalar + loose
         allocation = Allocation([own[0] for own in chosen], bits, scalar)
         return bits + SIDE_BITS * allocation.count, allocation
 

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from cgfedllm.adapter import Factor, Float32Array
 from cgfedllm.codecs.base import CodecContext
 from cgfedllm.codecs.entropy import Float64Array
-from cgfedllm.codecs.learned.directions import Directions, read_directions
+from cgfedllm.codecs.learned.directions import Directions, read_directions, weighted_grams
 from cgfedllm.codecs.learned.grown import grown_directions
 from cgfedllm.codecs.learned.kinds import Axes, Kind, Known
 from cgfedllm.codecs.parts.exact import gram, times, transposed
@@ -98,6 +98,7 @@ class _Finder:
             known = read_directions(context.spec, context.state.tensors)
             if any(own.whole.any() for own in known.values()):
                 self._known = known
+        self._grams: dict[str, Float64Array] = {}
         self._partner: dict[str, Factor] = {}
         for a, b in context.spec.pairs():
             # a convolution's B has its rank along its second axis: left as it is
@@ -109,6 +110,8 @@ class _Finder:
         groups: dict[tuple[str, str, tuple[int, ...]], list[Factor]] = {}
         for factor in self._spec:
             groups.setdefault((factor.module, factor.kind, factor.shape), []).append(factor)
+        for own in groups.values():
+            self._add_grams([factor for factor in own if factor.name in self._partner])
         floor = self._floor()
         found = [self._kind(tuple(own), floor) for own in groups.values()]
         return Axes(self._spec, _classified(found))
@@ -122,7 +125,7 @@ class _Finder:
         is_b = group[0].kind == "B"
         own = np.stack([self._rows(factor, self._start) for factor in group]).astype(np.float64)
         own_gram = np.stack([gram(rows) for rows in own])
-        other_gram = np.stack([self._gram(self._partner[factor.name]) for factor in group])
+        other_gram = np.stack([self._grams[self._partner[factor.name].name] for factor in group])
         if self._metric == "effect":
             strengths, basis = eigenvectors(other_gram + floor * np.eye(own.shape[1]))
             scales = np.sqrt(np.sqrt(np.maximum(strengths, floor)))
@@ -190,11 +193,11 @@ class _Finder:
                 parts.append((vectors, shares, weights))
         if not parts:
             return None
-        classes = []
+        foretold, classes = [], []
         for at, (_, shares, weights) in enumerate(parts):
-            foretold = values.T[:, :, None] * (shares * weights)
-            octaves = _octaves(foretold, max(float(foretold.max()), 0.0))
-            own_classes = (octaves // _KNOWN_WIDTH).clip(0, KNOWN_CLASSES - 1)
+            energies = values.T[:, :, None] * (shares * weights)
+            foretold.append(energies / (max(float(energies.max()), 0.0) or 1.0))
+            own_classes = (_octaves(foretold[-1]) // _KNOWN_WIDTH).clip(0, KNOWN_CLASSES - 1)
             classes.append(own_classes + at * KNOWN_CLASSES)
         return Known(
             np.concatenate([vectors for vectors, _, _ in parts], axis=1),
@@ -202,6 +205,7 @@ class _Finder:
                 np.float32
             ),
             np.sqrt(rest).astype(np.float32),
+            np.concatenate(foretold, axis=2),
             np.concatenate(classes, axis=2),
         )
 
@@ -221,8 +225,7 @@ class _Finder:
                 for _ in range(2):
                     more = known.along(left)
                     products += more
-                    for i, vector in enumerate(known.vectors):
-                        left -= more[:, i, None] * vector
+                    left -= known.across(more)
             beside.append(left)
             along.append(products)
         return np.stack(beside), np.stack(along)
@@ -230,17 +233,19 @@ class _Finder:
     def _rows(self, factor: Factor, vector: Float32Array) -> Float32Array:
         return to_rows(vector[self._spec.slices[factor.name]], factor)
 
-    def _gram(self, factor: Factor) -> Float64Array:
-        """Rows times rows of a factor, as weighted by what is known of its long axis."""
-        assert self._start is not None
-        rows = self._rows(factor, self._start)
-        known = self._known.get(factor.name)
-        return gram(rows) if known is None else known.gram(rows)
+    def _add_grams(self, group: Sequence[Factor]) -> None:
+        """Rows times rows of factors of one shape, weighted by what is known of the long axis."""
+        if self._start is None or not group:
+            return
+        rows = [self._rows(factor, self._start) for factor in group]
+        known = [self._known[factor.name] for factor in group] if self._known else []
+        grams = weighted_grams(rows, known) if known else np.stack([gram(own) for own in rows])
+        self._grams.update(zip((factor.name for factor in group), grams, strict=True))
 
     def _floor(self) -> float:
         if self._start is None:
             return 0.0
-        grams = [self._gram(a) for a, _ in self._spec.pairs()]
+        grams = [self._grams[a.name] for a, _ in self._spec.pairs() if a.name in self._partner]
         # a sum that does not depend on the order
         weights = [math.fsum(np.diagonal(own)) / len(own) for own in grams]
         return (max([*weights, 0.0]) or 1.0) * _FLOOR
@@ -257,13 +262,13 @@ def _classified(found: Sequence[tuple[Kind, Float64Array | None]]) -> tuple[Kind
     for kind, foretold in found:
         if foretold is not None:
             letter = kind.factors[0].kind
-            classes = _octaves(foretold.reshape(-1), largest[letter]).clip(0, CLASSES - 1)
+            shares = foretold.reshape(-1) / (largest[letter] or 1.0)
+            classes = _octaves(shares).clip(0, CLASSES - 1)
             kind = replace(kind, classes=classes + (CLASSES if letter == "A" else 0))
         kinds.append(kind)
     return tuple(kinds)
 
 
-def _octaves(foretold: Float64Array, largest: float) -> NDArray[np.int64]:
-    """Octaves below the largest; what is not above 0 lies below all."""
-    ratio = foretold / (largest or 1.0)
-    return np.where(ratio > 0, -np.frexp(ratio)[1].astype(np.int64), CLASSES - 1)
+def _octaves(shares: Float64Array) -> NDArray[np.int64]:
+    """Octaves below 1; what is not above 0 lies below all."""
+    return np.where(shares > 0, -np.frexp(shares)[1].astype(np.int64), CLASSES - 1)

@@ -2,7 +2,11 @@ r"""`learned`: the flagship.
 
 ::
 
-    update --axes of the adapter (`axes`)--> coefficient rows --a mode a row--> packet
+    update --axes of the adapter (`axes`)--> coefficients of known directions, and what is left
+    what is left --a mode a row (`rows`)--> packet          at few bits
+                 --rank-one pieces (`pieces`)--> packet     at more
+
+With the option `scale_exponent`, packets add up instead (`linear`).
 """
 
 from __future__ import annotations
@@ -10,15 +14,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import zstandard
-from pydantic import Field
+from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
 from cgfedllm.codecs.base import CodecContext, CodecState, register
-from cgfedllm.codecs.entropy import SymbolReader, SymbolWriter
-from cgfedllm.codecs.learned.allocation import Allocation, Choice, IntArray
+from cgfedllm.codecs.entropy import Int32Array, SymbolReader, SymbolWriter
 from cgfedllm.codecs.learned.axes import Metric, axes_of
 from cgfedllm.codecs.learned.directions import (
     ENERGIES,
@@ -29,6 +33,18 @@ from cgfedllm.codecs.learned.directions import (
     unknown,
 )
 from cgfedllm.codecs.learned.kinds import Axes
+from cgfedllm.codecs.learned.linear import (
+    MARK_BYTES,
+    coefficient_count,
+    gathered,
+    is_linear,
+    marked,
+    scattered,
+    unmarked,
+)
+from cgfedllm.codecs.learned.options import LearnedOptions
+from cgfedllm.codecs.learned.pieces import apart, are_possible, read_left, write_left
+from cgfedllm.codecs.learned.rows import read_rows, write_rows
 from cgfedllm.codecs.learning import (
     FitProgress,
     FitSettings,
@@ -36,6 +52,8 @@ from cgfedllm.codecs.learning import (
     OnEpoch,
     Updates,
 )
+from cgfedllm.codecs.linear import LinearCodec
+from cgfedllm.codecs.packet import HEADER_SIZE
 from cgfedllm.codecs.parts.exponent import (
     EXPONENT_BITS,
     LOWEST_EXPONENT,
@@ -45,53 +63,31 @@ from cgfedllm.codecs.parts.exponent import (
     write_exponent,
 )
 from cgfedllm.codecs.parts.frames import FrameError, open_frame
+from cgfedllm.codecs.parts.integers import rounded, size_of
 from cgfedllm.codecs.parts.judging import Judged, judge
-from cgfedllm.codecs.parts.vectors import MODES, read_vectors, write_vectors
-from cgfedllm.codecs.rate import RateOptions, payload_bits
+from cgfedllm.codecs.rate import payload_bits
 from cgfedllm.errors import CodecStateError, PacketError
 
 # how the axes are found; with _GROWN, also from how the adapter has changed
 _PLAIN, _PARAMETERS, _EFFECT = range(3)
 _GROWN = 4
+_UNGROWN = _PLAIN, _PARAMETERS, _EFFECT
+_ALL_AXES = *_UNGROWN, _PARAMETERS | _GROWN, _EFFECT | _GROWN
 _HOW_BITS = 3
-# lowest scale, their span, and bits lost to whole bytes
-_RANGE_BITS = 26
-# expected bits of a scale
-_SCALE_BITS = 3.2
-_TRIES = 8
 # of energies and weights: far beyond any that are learned, and no product of them overflows
 _BOUND = 40
 # more of them gain nothing here, and are most of an encoder's time
 _DEAD_ZONES = (0.001, 0.6, 1.0)
 _LEVEL = 19  # of zstd; slow to pack, which is done once a run
 _JUDGED = 8
-# dead-zone quantised rows take what is left of the budget; so much over it they still can
-_ABSORBED = 0.05
-
-
-class LearnedOptions(RateOptions):
-    """Rate, metric and what a state holds."""
-
-    directions: int = Field(
-        default=32,
-        ge=1,
-        le=64,
-        description="Directions of the long axis that a state knows of each factor.",
-    )
-    metric: Metric = Field(
-        default="effect",
-        description='What errors are weighted by: "effect" is what they do to outputs, '
-        '"parameters" leaves them as they are.',
-    )
-    grown: bool = Field(
-        default=True,
-        description="Also code along the directions in which the adapter has grown so far.",
-    )
 
 
 @register
-class Learned(LearnedCodec):
-    """Coefficients of known directions and rows, chosen over all of it by worth per bit."""
+class Learned(LearnedCodec, LinearCodec):
+    """Coefficients of known directions and rows, chosen over all of it by worth per bit.
+
+    In linear mode: a fixed choice of coefficients of the state's directions, as whole numbers.
+    """
 
     name = "learned"
     rates = "0.002 to 16 bits"
@@ -99,8 +95,30 @@ class Learned(LearnedCodec):
     uses_start = True
     learns_gradients = True
     Options = LearnedOptions
+    pieces_from: ClassVar[float] = 0.25
+    """Bits a parameter from which on what is left is sent in pieces."""
+    alike_from: ClassVar[float] = 2.0
+    """The same from which on all errors count alike: little is left out then."""
 
     options: LearnedOptions
+
+    @property
+    def needs_state(self) -> bool:
+        """In linear mode, which sends coefficients of the state's directions and nothing else."""
+        return self._linear
+
+    def numbers(self, spec: AdapterSpec) -> int:
+        """See `LinearCodec.numbers`."""
+        return min(
+            self._room(spec, beside=MARK_BYTES), coefficient_count(spec, self.options.directions)
+        )
+
+    def expected_size(self, spec: AdapterSpec) -> int | None:
+        """See `Codec.expected_size`."""
+        if not self._linear:
+            return super().expected_size(spec)
+        size = size_of(self.numbers(spec), self.options.bits)
+        return HEADER_SIZE + (MARK_BYTES + size if size else 0)
 
     def initial_state(self, spec: AdapterSpec, seed: int = 0) -> CodecState:
         """A state that knows nothing."""
@@ -176,14 +194,18 @@ class Learned(LearnedCodec):
             raise CodecStateError(f"the state is damaged: {error}") from None
         return super().unpack_state(whole, spec, base)
 
+    @property
+    def _linear(self) -> bool:
+        return self.options.scale_exponent is not None
+
     def _encode(self, update: AdapterUpdate, context: CodecContext) -> bytes:
+        if self.options.scale_exponent is not None:
+            return self._encode_linear(update, context, self.options.scale_exponent)
         budget = payload_bits(context.spec, self.options.bpp)
-        how = _PLAIN
-        if context.start is not None:
-            how = _EFFECT if self.options.metric == "effect" else _PARAMETERS
-            if self.options.grown and context.start.origin is not None:
-                how |= _GROWN
+        how = self._how(context)
         axes = _axes(context, how)
+        in_pieces = budget >= self.pieces_from * context.spec.size and are_possible(axes)
+        axes = apart(axes) if in_pieces else axes
         # first, so that sums stay finite
         scale = exponent_of(update.vector)
         rows, coefficients = axes.into(np.ldexp(update.vector, -scale))
@@ -193,49 +215,77 @@ class Learned(LearnedCodec):
         rows = [np.ldexp(own, scale - exponent) for own in rows]
         coefficients = np.ldexp(coefficients, scale - exponent)
         loose = [coefficients[axes.loose == which] for which in np.unique(axes.loose)]
-        modes = _settle(rows, loose, axes, budget - EXPONENT_BITS - _HOW_BITS - _RANGE_BITS).modes
         writer = SymbolWriter()
         writer.bits(how, _HOW_BITS)
+        writer.bits(int(in_pieces), 1)
         write_exponent(writer, exponent)
-        _write_modes(writer, modes, axes)
-        sent = [own[mode > 0] for own, mode in zip(rows, modes, strict=True)]
-        chosen = [mode[mode > 0] for mode in modes]
-        if not write_vectors(writer, sent, chosen, budget, loose, _DEAD_ZONES):
-            return b""
-        return writer.finish()
+        write = write_left if in_pieces else write_rows
+        before = _HOW_BITS + 1 + EXPONENT_BITS
+        sent = write(writer, axes, rows, loose, budget, before, _DEAD_ZONES)
+        return writer.finish() if sent else b""
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
+        if self._linear:
+            return self._decode_linear(payload, context)
         if not payload:
             return np.zeros(context.spec.size, np.float32)
-        reader = SymbolReader(payload)
-        how = int(reader.bits(_HOW_BITS, 1)[0])
-        if how not in (_PLAIN, _PARAMETERS, _EFFECT, _PARAMETERS | _GROWN, _EFFECT | _GROWN):
-            raise PacketError(f"learned: there are no axes number {how}")
-        if how != _PLAIN and context.start is None:
-            raise PacketError("learned: the packet needs the adapter it changes, which is not held")
-        if how & _GROWN and (context.start is None or context.start.origin is None):
+        if is_linear(payload):
             raise PacketError(
-                "learned: the packet needs what the run began with, which is not held"
+                "learned: the packet is of linear mode, and the option scale_exponent is not set "
+                "here; set it on both ends or on none"
             )
-        axes = _axes(context, how)
+        reader = SymbolReader(payload)
+        axes = _agreed_axes(context, int(reader.bits(_HOW_BITS, 1)[0]), _ALL_AXES)
+        in_pieces = bool(reader.bits(1, 1)[0])
+        if in_pieces and not are_possible(axes):
+            raise PacketError("learned: pieces of factors that are too high for them")
+        axes = apart(axes) if in_pieces else axes
         exponent = read_exponent(reader)
-        modes = _read_modes(reader, axes)
-        lengths = [kind.shape[1] for kind in axes.kinds]
-        classes = axes.loose
-        present, counts = np.unique(classes, return_counts=True)
-        sent, loose = read_vectors(
-            reader, [mode[mode > 0] for mode in modes], lengths, counts.tolist()
-        )
+        present, counts = np.unique(axes.loose, return_counts=True)
+        read = read_left if in_pieces else read_rows
+        rows, loose = read(reader, axes, counts.tolist())
         reader.finish()
-        coefficients = np.zeros(len(classes), np.float32)
+        coefficients = np.zeros(len(axes.loose), np.float32)
         for which, own in zip(present, loose, strict=True):
-            coefficients[classes == which] = own
-        rows = []
-        for kind, mode, own in zip(axes.kinds, modes, sent, strict=True):
-            full = np.zeros(kind.shape, np.float32)
-            full[mode > 0] = own
-            rows.append(full)
+            coefficients[axes.loose == which] = own
         return scaled_back(axes.back(rows, coefficients), exponent)
+
+    def _encode_linear(self, update: AdapterUpdate, context: CodecContext, step: int) -> bytes:
+        count = self.numbers(context.spec)
+        if not count:
+            return b""
+        axes = _axes(context, self._how(context))
+        scale = exponent_of(update.vector)
+        _, coefficients = axes.into(np.ldexp(update.vector, -scale))
+        levels = rounded(gathered(axes, coefficients, count), scale - step, self._top)
+        return self._of_integers(levels, step, context)
+
+    def _decode_linear(self, payload: bytes, context: CodecContext) -> Float32Array:
+        levels, exponent = self._integers(payload, context)
+        if not levels.size:
+            return np.zeros(context.spec.size, np.float32)
+        axes = _agreed_axes(context, unmarked(payload)[0], _UNGROWN)
+        coefficients, scale = scattered(axes, levels)
+        return scaled_back(axes.back(axes.no_rows(), coefficients), exponent + scale)
+
+    def _of_integers(self, levels: NDArray[Any], exponent: int, context: CodecContext) -> bytes:
+        integers = super()._of_integers(levels, exponent, context)
+        return marked(self._how(context), integers) if integers else b""
+
+    def _integers(self, payload: bytes, context: CodecContext) -> tuple[Int32Array, int]:
+        needed = payload or self.numbers(context.spec)
+        return super()._integers(unmarked(payload)[1] if needed else b"", context)
+
+    def _how(self, context: CodecContext) -> int:
+        """How the axes of a client's update are found."""
+        if context.start is None:
+            return _PLAIN
+        alike = payload_bits(context.spec, self.options.bpp) >= self.alike_from * context.spec.size
+        weighs = self.options.metric == "effect" and (self._linear or not alike)
+        how = _EFFECT if weighs else _PARAMETERS
+        if self.options.grown and context.start.origin is not None and not self._linear:
+            how |= _GROWN
+        return how
 
 
 def _spread(updates: Updates) -> Iterator[Judged]:
@@ -246,53 +296,20 @@ def _spread(updates: Updates) -> Iterator[Judged]:
         yield updates[index], updates.start(index)
 
 
+def _agreed_axes(context: CodecContext, how: int, among: tuple[int, ...]) -> Axes:
+    """The axes that a packet asks for."""
+    if how not in among:
+        raise PacketError(f"learned: there are no axes number {how}")
+    if how != _PLAIN and context.start is None:
+        raise PacketError("learned: the packet needs the adapter it changes, which is not held")
+    if how & _GROWN and (context.start is None or context.start.origin is None):
+        raise PacketError("learned: the packet needs what the run began with, which is not held")
+    return _axes(context, how)
+
+
 def _axes(context: CodecContext, how: int) -> Axes:
     start = None if how == _PLAIN else context.start
     if start is not None and not how & _GROWN:
         start = replace(start, origin=None)
     metric: Metric = "effect" if how & _EFFECT else "parameters"
     return axes_of(replace(context, start=start), metric)
-
-
-def _settle(
-    rows: list[Float32Array], loose: list[Float32Array], axes: Axes, budget: float
-) -> Allocation:
-    """Modes that fill a budget.
-
-    What goes beside entries is known only once it is written, so modes are chosen again until it
-    costs what was expected of it.
-    """
-    target = budget
-    choice = Choice(rows, loose)
-    for _ in range(_TRIES):
-        allocation = choice.within(target)
-        scratch = SymbolWriter()
-        _write_modes(scratch, allocation.modes, axes)
-        predicted = scratch.spent + _SCALE_BITS * allocation.count + allocation.bits
-        if abs(predicted - budget) <= max(0.005 * budget, _ABSORBED * allocation.absorbing):
-            break
-        target = max(target + budget - predicted, 0.0)
-    return allocation
-
-
-def _write_modes(writer: SymbolWriter, modes: list[IntArray], axes: Axes) -> None:
-    """The highest mode of each class of foretold energy, and a table up to it."""
-    classes = np.concatenate([kind.classes for kind in axes.kinds])
-    values = np.concatenate(modes)
-    for which in np.unique(classes):
-        own = values[classes == which]
-        highest = int(own.max())
-        writer.uniform(highest, MODES)
-        if highest:
-            writer.symbols(own, highest + 1)
-
-
-def _read_modes(reader: SymbolReader, axes: Axes) -> list[IntArray]:
-    classes = np.concatenate([kind.classes for kind in axes.kinds])
-    values = np.zeros(len(classes), np.int64)
-    for which in np.unique(classes):
-        at = classes == which
-        highest = int(reader.uniform(MODES, 1)[0])
-        if highest:
-            values[at] = reader.symbols(highest + 1, int(np.count_nonzero(at)))
-    return np.split(values, np.cumsum([kind.shape[0] for kind in axes.kinds])[:-1])

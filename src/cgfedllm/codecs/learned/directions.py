@@ -17,8 +17,9 @@ larger: one relative to the largest left such directions 15 % off from being ort
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Factor, Float32Array
 from cgfedllm.codecs.base import CodecState
 from cgfedllm.codecs.entropy import Float64Array
-from cgfedllm.codecs.parts.exact import gram
+from cgfedllm.codecs.parts.exact import gram, whole_products
 from cgfedllm.codecs.parts.rows import row_count, to_rows
 
 ENERGIES = "energies"
@@ -71,21 +72,30 @@ class Directions:
 
     def along(self, rows: Float32Array | Float64Array) -> Float64Array:
         """Rows times unit vectors, shape (r, n) to (r, directions); exact sums."""
-        return np.asarray(_products(rows, self.whole) * self._inverse_lengths)
+        return np.asarray(whole_products(rows, self.whole.T) * self._inverse_lengths)
 
-    def gram(self, rows: Float32Array) -> Float64Array:
-        """Rows times rows as weighted, shape (r, n) to (r, r); exact sums."""
-        rest = self.weights[-1]
-        along = self.along(rows)
-        out = rest * gram(rows)
-        for i, weight in enumerate(self.weights[:-1]):
-            out += (weight - rest) * (along[:, i, None] * along[None, :, i])
-        return np.asarray(out)
+    def across(self, along: Float64Array) -> Float64Array:
+        """What coefficients of unit vectors stand for, shape (r, directions) to (r, n)."""
+        return whole_products(along * self._inverse_lengths, self.whole)
 
-    @property
+    @cached_property
     def _inverse_lengths(self) -> Float64Array:
         squares = np.square(self.whole.astype(np.int64)).sum(axis=1)
         return np.asarray(1 / np.sqrt(np.maximum(squares, 1)))
+
+
+def weighted_grams(
+    rows: Sequence[Float32Array], known: Sequence[Directions]
+) -> NDArray[np.float64]:
+    """Rows times rows of factors as weighted, each (r, n), to (count, r, r); exact sums."""
+    along = np.stack([each.along(own) for each, own in zip(known, rows, strict=True)])
+    weights = np.stack([each.weights for each in known])
+    rest = weights[:, -1]
+    out = rest[:, None, None] * np.stack([gram(own) for own in rows])
+    for i in range(along.shape[2]):  # in order
+        more = (weights[:, i] - rest)[:, None, None]
+        out += more * (along[:, :, i, None] * along[:, None, :, i])
+    return np.asarray(out)
 
 
 def described(spec: AdapterSpec) -> list[Factor]:
@@ -214,13 +224,3 @@ class _Followed:
         _, turn = np.linalg.eigh(wide @ wide.T)
         self._kept = (turn[:, ::-1].T[: self._count] @ wide).astype(np.float32)
         self._new = []
-
-
-def _products(rows: Float32Array | Float64Array, whole: NDArray[np.int8]) -> Float64Array:
-    """Rows times small integers, shape (r, n) and (d, n) to (r, d); exact sums."""
-    largest = float(np.abs(rows).max(initial=0))
-    if not largest:
-        return np.zeros((len(rows), len(whole)))
-    exponent = int(np.frexp(largest)[1]) - 14
-    integers = np.rint(np.ldexp(rows.astype(np.float64), -exponent))
-    return np.asarray(np.ldexp(integers @ whole.T.astype(np.float64), exponent))

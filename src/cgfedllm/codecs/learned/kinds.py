@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cgfedllm.adapter import AdapterSpec, Factor, Float32Array
+from cgfedllm.codecs.entropy import Float64Array
 from cgfedllm.codecs.parts.rows import from_rows, row_count, to_rows
 
 IntArray = NDArray[np.int64]
@@ -35,6 +36,9 @@ class Known:
         What a coefficient is multiplied by, so that all errors count alike.
     rest : ndarray, shape (layers,), float32
         The same, of what is left.
+    foretold : ndarray, shape (r, layers, directions), float64
+        Energy of coefficients, as a share of the largest of the kind: the state's and those where
+        the adapter has grown have their own.
     classes : ndarray, shape (r, layers, directions)
         Of the energy foretold.
     """
@@ -42,6 +46,7 @@ class Known:
     vectors: Float32Array
     weights: Float32Array
     rest: Float32Array
+    foretold: Float64Array
     classes: IntArray
 
 
@@ -80,6 +85,11 @@ class Kind:
     def loose(self) -> IntArray:
         """Classes of all coefficients of known directions."""
         return np.zeros(0, np.int64) if self.known is None else self.known.classes.reshape(-1)
+
+    @property
+    def foretold(self) -> Float64Array:
+        """Energies foretold of all coefficients of known directions, of the largest."""
+        return np.zeros(0) if self.known is None else self.known.foretold.reshape(-1)
 
     def into(self, vector: Float32Array, spec: AdapterSpec) -> tuple[Float32Array, Float32Array]:
         """Rows of an update, shape `shape`, and coefficients of known directions, flat."""
@@ -143,10 +153,19 @@ class Axes:
         """Classes of all coefficients of known directions, kind by kind."""
         return np.concatenate([kind.loose for kind in self.kinds])
 
+    @property
+    def foretold(self) -> Float64Array:
+        """Energies foretold of all coefficients of known directions, kind by kind."""
+        return np.concatenate([kind.foretold for kind in self.kinds])
+
     def into(self, vector: Float32Array) -> tuple[list[Float32Array], Float32Array]:
         """Rows of an update, kind by kind, and all coefficients of known directions."""
         both = [kind.into(vector, self.spec) for kind in self.kinds]
         return [rows for rows, _ in both], np.concatenate([loose for _, loose in both])
+
+    def no_rows(self) -> list[Float32Array]:
+        """Rows of zeros, kind by kind."""
+        return [np.zeros(kind.shape, np.float32) for kind in self.kinds]
 
     def back(self, rows: Sequence[Float32Array], loose: Float32Array) -> Float32Array:
         """The update that these stand for, to the bit the same everywhere."""

@@ -18,7 +18,7 @@ import numpy as np
 from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array
 from cgfedllm.codecs.lowrank.pieces import MOST_LEVEL, IntArray
-from cgfedllm.codecs.parts.matrices import MAX_ROWS, Batch
+from cgfedllm.codecs.parts.deadzone import Histogram, bits_at
 from cgfedllm.codecs.parts.vectors import lean_of
 from cgfedllm.codecs.parts.worth import Modes
 from cgfedllm.codecs.rate import largest_within
@@ -54,10 +54,8 @@ class Stack:
     lean: Float64Array
 
     @classmethod
-    def of(cls, batch: Batch, vector: Float32Array, max_pieces: int | None) -> Stack:
-        """Take the matrices of one shape out of an update and find their directions."""
-        matrices = batch.gather(vector)
-        depth = depth_of(batch, max_pieces)
+    def of(cls, matrices: Float32Array, depth: int) -> Stack:
+        """Find the directions of matrices, at most `depth` of each."""
         # einsum, not a matrix product: its sums have one order however many threads there are
         gram = np.einsum("fin,fjn->fij", matrices, matrices).astype(np.float64)
         energies, vectors = np.linalg.eigh(gram)
@@ -83,17 +81,24 @@ class Choice:
         return any((own == mode).any() for own in self.modes)
 
 
-def choose(stacks: list[Stack], budget: float, short_bits: float) -> Choice:
-    """The modes with the least ``squared error + lambda * bits`` within a budget."""
+def choose(
+    stacks: list[Stack], budget: float, short_bits: float, loose: Histogram | None = None
+) -> Choice:
+    """The modes with the least ``squared error + lambda * bits`` within a budget.
+
+    Values that are no pieces, if there are any, share it.
+    """
     options = [_Options(stack, short_bits) for stack in stacks]
 
     def plan(quality: float) -> tuple[float, Choice]:
-        chosen = [own.at(total * 2.0 ** (-60 * quality)) for own in options]
+        slope = total * 2.0 ** (-60 * quality)
+        chosen = [own.at(slope) for own in options]
         bits, beside = sum(own[2] for own in chosen), sum(own[3] for own in chosen)
+        bits += bits_at(loose, slope) if loose else 0.0
         choice = Choice([c[0] for c in chosen], [c[1] for c in chosen], bits, bits - beside)
         return bits, choice
 
-    total = sum(float(stack.energies.sum()) for stack in stacks)
+    total = sum(float(stack.energies.sum()) for stack in stacks) + (loose.energy if loose else 0.0)
     return largest_within(budget, plan, 0.0, 1.0, steps=30)
 
 
@@ -131,11 +136,6 @@ class _Options:
             steps = np.where(np.all(sent, axis=1, keepdims=True), coarse, steps)
         beside = self._beside * float(np.count_nonzero(sent))
         return modes, np.clip(steps, _FINEST, self._coarsest), float(cost[sent].sum()), beside
-
-
-def depth_of(batch: Batch, max_pieces: int | None) -> int:
-    """Most pieces of a matrix of this shape."""
-    return min(batch.rows, max_pieces or MAX_ROWS)
 
 
 def project(matrices: Float32Array, directions: Float64Array) -> Float32Array:

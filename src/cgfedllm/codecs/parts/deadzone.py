@@ -34,6 +34,8 @@ _BINS = 24 << (23 - _DROPPED_BITS)
 _SMALLEST_RATIO = 2.0**-22
 _SMALLEST_STEP = 2.0**-126
 _LARGEST = float(np.finfo(np.float32).max)
+# squared step over slope of a uniform quantiser at high rate
+_STEP_OF_SLOPE = 6 * float(np.log(2))
 # more levels than this are lumped together while searching
 _SEARCHED_LEVELS = 1024
 # magnitudes 1, 2 and 3 or more each have a shift, in 32nds of a step
@@ -114,10 +116,8 @@ class Histogram:
         n, total = self._n[:, at], self._sum[:, at]
         n[:, :-1] -= n[:, 1:]
         total[:, :-1] -= total[:, 1:]
-        bits = sum(
-            levels_bits(np.append(all_ - own.sum(), own))
-            for all_, own in zip(self._n[:, 0], n, strict=True)
-        )
+        zeros = self._n[:, :1] - n.sum(axis=1, keepdims=True)
+        bits = float(levels_bits(np.concatenate([zeros, n], axis=1)).sum())
         return bits, self.energy - self._gained(n, total, step)
 
     def _gained(self, n: Float64Array, total: Float64Array, step: float) -> float:
@@ -235,13 +235,21 @@ def _spend(histogram: Histogram, budget: float) -> Quantiser | None:
     return best[1] if best else None
 
 
+def bits_at(histogram: Histogram, slope: float) -> float:
+    """Bits that values take where one bit must gain `slope` of energy; a guess at low rate."""
+    step = max(float(np.sqrt(_STEP_OF_SLOPE * slope)), histogram.largest * 2.0**-21)
+    if step >= 2 * histogram.largest:
+        return 0.0
+    return histogram.try_out(Quantiser(step, 0.6, 0.6))[0]
+
+
 def design_for_slope(histogram: Histogram, slope: float) -> Design | None:
     """The design with the least ``squared error + slope * bits``; None if that is zeros."""
     if not histogram.largest:
         return None
     low, high = _step_range(histogram)
     # at high rate the best step is sqrt(6 ln 2 * slope); at low rate it stays nearby
-    centre = float(np.clip(np.sqrt(6 * np.log(2) * slope), low, high))
+    centre = float(np.clip(np.sqrt(_STEP_OF_SLOPE * slope), low, high))
     best: tuple[float, Quantiser] = (histogram.energy, _quantiser(high, 1.0, 0.5))
     for step in np.clip(centre * np.geomspace(0.35, 2.5, 13), low, high):
         for threshold in (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0):

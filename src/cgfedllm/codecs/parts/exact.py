@@ -8,6 +8,7 @@ order.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cgfedllm.adapter import Float32Array
 from cgfedllm.codecs.entropy import Float64Array
@@ -21,12 +22,23 @@ def gram(rows: Float32Array | Float64Array) -> Float64Array:
 
     Exact for up to 2^25 columns, so the order of summing does not matter.
     """
-    largest = float(np.abs(rows).max(initial=0))
-    if not largest:
-        return np.zeros((*rows.shape[:-1], rows.shape[-2]))
-    exponent = int(np.frexp(largest)[1]) - _ENTRY_BITS
-    whole = np.rint(np.ldexp(rows.astype(np.float64), -exponent))
+    whole, exponent = _rounded(rows)
     return np.asarray(np.ldexp(whole @ np.swapaxes(whole, -1, -2), 2 * exponent))
+
+
+def whole_products(rows: Float32Array | Float64Array, whole: NDArray[np.int8]) -> Float64Array:
+    """Rows times small integers, shape (i, k) and (k, j) to (i, j): exact sums of rounded rows.
+
+    Rows are rounded as by `gram`. Exact for up to 2^32 terms a sum.
+    """
+    rounded, exponent = _rounded(rows)
+    return np.asarray(np.ldexp(rounded @ whole.astype(np.float64), exponent))
+
+
+def _rounded(rows: Float32Array | Float64Array) -> tuple[Float64Array, int]:
+    """Entries as integers, and the power of two that they count."""
+    exponent = int(np.frexp(np.abs(rows).max(initial=0))[1]) - _ENTRY_BITS
+    return np.rint(np.ldexp(rows.astype(np.float64), -exponent)), exponent
 
 
 def times(x: Float64Array, y: Float64Array) -> Float64Array:

@@ -3,8 +3,8 @@
 LAPACK's depend on the build and the processor, and where eigenvalues are close they may turn by any
 angle. Jacobi's method needs sums, products, quotients and square roots only, which IEEE 754 rounds
 the same everywhere, taken element by element in one order. Disjoint pairs of axes are turned
-together (a round robin; Brent and Luk, SIAM J. Sci. Stat. Comput. 6(1), 1985), all matrices of a
-stack at once.
+together (a round robin; Brent and Luk, SIAM J. Sci. Stat. Comput. 6(1), 1985), in all matrices of a
+stack at once; each is finished when it is, whatever else is in the stack.
 """
 
 from __future__ import annotations
@@ -34,26 +34,35 @@ def eigenvectors(matrices: Float64Array) -> tuple[Float64Array, Float64Array]:
     vectors : ndarray, shape (count, n, n)
         Column j belongs to value j. A matrix of zeros has the axes themselves.
     """
-    a = matrices.copy()
-    n = a.shape[1]
-    v = np.broadcast_to(np.eye(n), a.shape).copy()
+    count, n, _ = matrices.shape
+    # a matrix and its vectors below it: columns of both are turned alike
+    both = np.concatenate([matrices, np.broadcast_to(np.eye(n), matrices.shape)], axis=1)
     rounds = _round_robin(n)
+    at = np.arange(count)
     for _ in range(_SWEEPS):
-        limit = _TINY * np.abs(np.diagonal(a, axis1=1, axis2=2)).max(axis=1, initial=0.0)
-        off = np.abs(a - _diagonal(a)).max(axis=(1, 2), initial=0.0)
-        if np.all(off <= limit):
+        at = at[_unfinished(both[at, :n])]
+        if not at.size:
             break
+        own = both[at]
+        a = own[:, :n]
         for p, q in rounds:
             c, s = _rotation(a[:, p, p], a[:, q, q], a[:, p, q])
-            _turn(a, p, q, c, s, axis=2)
-            _turn(a, p, q, c, s, axis=1)
-            _turn(v, p, q, c, s, axis=2)
-    values = np.diagonal(a, axis1=1, axis2=2)
+            _turn(own, p, q, c[:, None, :], s[:, None, :])
+            _turn(a.swapaxes(1, 2), p, q, c[:, None, :], s[:, None, :])
+        both[at] = own
+    values = np.diagonal(both[:, :n], axis1=1, axis2=2)
     order = np.argsort(-values, axis=1, kind="stable")
     return (
         np.take_along_axis(values, order, 1),
-        np.take_along_axis(v, order[:, None, :], 2),
+        np.take_along_axis(both[:, n:], order[:, None, :], 2),
     )
+
+
+def _unfinished(a: Float64Array) -> NDArray[np.bool_]:
+    """Which matrices have entries off their diagonals that count."""
+    limit = _TINY * np.abs(np.diagonal(a, axis1=1, axis2=2)).max(axis=1, initial=0.0)
+    off = np.abs(a - a * np.eye(a.shape[1])).max(axis=(1, 2), initial=0.0)
+    return np.asarray(off > limit)
 
 
 def _rotation(
@@ -75,20 +84,10 @@ def _turn(
     q: NDArray[np.int64],
     c: Float64Array,
     s: Float64Array,
-    axis: int,
 ) -> None:
-    if axis == 2:
-        x, y = a[:, :, p], a[:, :, q]
-        c, s = c[:, None, :], s[:, None, :]
-        a[:, :, p], a[:, :, q] = c * x - s * y, s * x + c * y
-    else:
-        x, y = a[:, p], a[:, q]
-        c, s = c[:, :, None], s[:, :, None]
-        a[:, p], a[:, q] = c * x - s * y, s * x + c * y
-
-
-def _diagonal(a: Float64Array) -> Float64Array:
-    return np.asarray(a * np.eye(a.shape[1]))
+    """Turn columns p and q."""
+    x, y = a[:, :, p], a[:, :, q]
+    a[:, :, p], a[:, :, q] = c * x - s * y, s * x + c * y
 
 
 def _round_robin(n: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:

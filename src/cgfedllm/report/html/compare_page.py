@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cgfedllm.report.html import figures, tables
+from cgfedllm.report.html import figures, kept, tables
 from cgfedllm.report.html.charts import Chart, stacked
 from cgfedllm.report.html.reading import RunFacts, labels_of
 from cgfedllm.report.html.tables import Table
@@ -29,6 +29,8 @@ def compare_page(runs: Sequence[RunFacts]) -> dict[str, Any]:
         "outcomes": outcomes(named),
         "costs": costs(named),
         "curves": _present(figures.nll_by_uplink(named), figures.nll_by_rounds(named)),
+        "kept": kept.kept_by_run(named),
+        "kept_charts": _present(figures.kept_chart(named)),
         "differences": differences(named),
         "time": _time(named),
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from cgfedllm.analysis.curves import curve_of
 from cgfedllm.metrics import RoundRecord
+from cgfedllm.report.fidelity import finite_snr, total_fidelity
 from cgfedllm.report.html.axes import (
     Axis,
     bytes_axis,
@@ -83,6 +84,22 @@ def seconds_chart(run: RunFacts) -> Chart | None:
         "seconds", "Wall time of each round", _rounds(run.records), y, points,
         flush=_flush(run.records),
     )  # fmt: skip
+
+
+def kept_chart(runs: Mapping[str, RunFacts]) -> Chart | None:
+    """SNR of each round's packets, one line a run; none where every packet is exact."""
+    records = [record for run in runs.values() for record in run.records]
+    series = _present(
+        *(
+            Series(
+                label,
+                points_of([(r.round, finite_snr(total_fidelity([r]))) for r in run.records]),
+            )
+            for label, run in runs.items()
+        )
+    )
+    title = "SNR of the packets in each round, all modules"
+    return _over_rounds("kept-rounds", title, "dB", ".2f", records, series)
 
 
 def nll_by_rounds(runs: Mapping[str, RunFacts]) -> Chart | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from cgfedllm.report.html import details, figures, tables
+from cgfedllm.report.html import details, figures, kept, tables
 from cgfedllm.report.html.charts import Chart, stacked
 from cgfedllm.report.html.heat import heat_map
 from cgfedllm.report.html.reading import RunFacts
@@ -41,6 +41,9 @@ def run_page(run: RunFacts) -> dict[str, Any]:
         "traffic": tables.traffic_table(run) if run.records and not run.is_reference else None,
         "traffic_charts": figures.traffic_charts(run),
         "traffic_notes": _traffic_notes(run),
+        "kept": kept.kept_table(run),
+        "kept_heat": kept.kept_heat(run),
+        "kept_charts": _present(figures.kept_chart({"SNR": run})),
         "clients": tables.client_table(run) if run.clients else None,
         "client_notes": _client_notes(run),
         "weights": tables.module_table(run.weights) if run.weights else None,

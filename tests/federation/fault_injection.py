@@ -3,8 +3,11 @@
 ::
 
     plan(client, round) -> kind or None
+    spoil               makes a client's good reply into another
     FaultyGrid          runs each client as the in-process engine does, and spoils what is planned
     Clock               time that passes only while the server waits, so that nobody sleeps
+
+`faulty_node.py` does the same on a SuperNode.
 
 The message never arrives: "lost". The client runs, and what it sent never arrives ("silent"), comes
 a round later ("late"), comes twice ("twice"), or is an error ("crash"), or arrives as something
@@ -18,12 +21,13 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pytest
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from cgfedllm.adapter import AdapterSpec
 from cgfedllm.codecs.packet import Packet
 from cgfedllm.federation import directory, engine, server_app
 from cgfedllm.federation.client_app import open_session
@@ -38,11 +42,30 @@ from cgfedllm.federation.messages import (
     packet_record,
 )
 
+if TYPE_CHECKING:  # a node has no tests to run
+    import pytest
+
 Plan = Callable[[str, int], str | None]
 
+DIED = "the process died"
 NO_REPLY = ("lost", "silent", "late")
-SPOILT = ("crash", "corrupt", "cut", "oversized", "stale", "foreign state", "not finite")
-KINDS = (*NO_REPLY, *SPOILT, "nan metrics", "mute", "twice")
+PACKETS = ("corrupt", "cut", "oversized", "stale", "foreign state", "not finite")
+SPOILT = (*PACKETS, "nan metrics", "mute")
+KINDS = (*NO_REPLY, "crash", *SPOILT, "twice")
+# what the server says of each, as part of its reason
+REASONS = {
+    **dict.fromkeys(NO_REPLY, "no reply within"),
+    "crash": DIED,
+    "corrupt": "checksum does not match",
+    "cut": "truncated",
+    "oversized": "cannot be right here",
+    "stale": "packet round is",
+    "foreign state": "packet codec state hash",
+    "not finite": "NaN or infinity",
+    "nan metrics": "not numbers from 0 to 1e60: train-loss",
+    "mute": "does not carry one packet",
+    "twice": directory.STRAY,
+}
 
 
 def planned(faults: Mapping[tuple[str, int], str]) -> Plan:
@@ -59,6 +82,43 @@ def at_random(seed: int, share: float, kinds: Iterable[str] = KINDS) -> Plan:
         return rng.choice(kinds) if rng.random() < share else None
 
     return plan
+
+
+def spoil(kind: str, reply: Message, spec: AdapterSpec, earlier: bytes | None = None) -> None:
+    """Make a reply that carries a packet into one of another kind.
+
+    Parameters
+    ----------
+    earlier : bytes, optional
+        A packet that the client sent in a round before; a stale one is that.
+    """
+    if kind == "mute":
+        reply.content[ARRAYS] = ArrayRecord()
+    elif kind == "nan metrics":
+        reply.content[METRICS]["train-loss"] = float("nan")
+    else:
+        blob = reply.content[ARRAYS][PACKET].data
+        reply.content[ARRAYS] = packet_record(_spoilt(kind, blob, packet_limit(spec), earlier))
+
+
+def _spoilt(kind: str, blob: bytes, limit: int, earlier: bytes | None) -> bytes:
+    packet = Packet.from_bytes(blob)
+    match kind:
+        case "corrupt":
+            return blob[:-1] + bytes([blob[-1] ^ 1])
+        case "cut":
+            return blob[: len(blob) // 2]
+        case "oversized":
+            return bytes(limit + 1)
+        case "stale" if earlier is not None:
+            return earlier
+        case "foreign state":
+            return replace(packet, state_hash=b"another!").to_bytes()
+        case "not finite":
+            # every codec's floats, whatever else they are: all bits set is NaN
+            payload = np.full(len(packet.payload), 0xFF, np.uint8).tobytes()
+            return replace(packet, payload=payload).to_bytes()
+    raise ValueError(f"no fault {kind!r} here; there are {', '.join(SPOILT)}")
 
 
 class Clock:
@@ -128,18 +188,11 @@ class FaultyGrid(InProcessGrid):
             self._unasked.append(copy.deepcopy(reply))
             return self._remembered(client, reply)
         if kind == "crash":
-            return Message(Error(2, "the process died"), reply_to=message)
-        if reply.has_error() or ARRAYS not in reply.content:  # it asks for what it lacks
+            return Message(Error(2, DIED), reply_to=message)
+        if reply.has_error() or ARRAYS not in reply.content:
+            self.happened.pop()  # it asks for what it lacks; what it sends then is spoilt
             return reply
-        if kind == "mute":
-            reply.content[ARRAYS] = ArrayRecord()
-        elif kind == "nan metrics":
-            reply.content[METRICS]["train-loss"] = float("nan")
-        else:
-            blob = reply.content[ARRAYS][PACKET].data
-            reply.content[ARRAYS] = packet_record(
-                self._spoilt(kind, blob, client, packet_limit(spec))
-            )
+        spoil(kind, reply, spec, self._earlier.get(client))
         return reply
 
     def _remembered(self, client: str, reply: Message) -> Message:
@@ -147,25 +200,6 @@ class FaultyGrid(InProcessGrid):
         if reply.has_content() and ARRAYS in reply.content:
             self._earlier[client] = reply.content[ARRAYS][PACKET].data
         return reply
-
-    def _spoilt(self, kind: str, blob: bytes, client: str, limit: int) -> bytes:
-        packet = Packet.from_bytes(blob)
-        match kind:
-            case "corrupt":
-                return blob[:-1] + bytes([blob[-1] ^ 1])
-            case "cut":
-                return blob[: len(blob) // 2]
-            case "oversized":
-                return bytes(limit + 1)
-            case "stale":
-                return self._earlier[client]
-            case "foreign state":
-                return replace(packet, state_hash=b"another!").to_bytes()
-            case "not finite":
-                # every codec's floats, whatever else they are: all bits set is NaN
-                payload = np.full(len(packet.payload), 0xFF, np.uint8).tobytes()
-                return replace(packet, payload=payload).to_bytes()
-        raise ValueError(f"no fault {kind!r}; there are {', '.join(KINDS)}")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> list[FaultyGrid]:
