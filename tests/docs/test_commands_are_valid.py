@@ -26,7 +26,7 @@ from cgfedllm.analysis.candidates import candidates_of
 from cgfedllm.analysis.peers import peer_names
 from cgfedllm.analysis.tuning import parse_tuning
 from cgfedllm.cli import app
-from cgfedllm.codecs import make_codec
+from cgfedllm.codecs import base, make_codec
 from cgfedllm.config import Config, load_config
 from cgfedllm.evaluation.catalogue import find_benchmark
 from cgfedllm.pairs import read_codec
@@ -196,16 +196,16 @@ def check_script(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(argparse.ArgumentParser, "parse_args", read)
         patch.setattr(os, "environ", dict(os.environ))  # some choose their threads
         patch.setattr(sys, "argv", command.words[1:])
-        patch.syspath_prepend(str(script.parent))
+        # what a script imports from beside itself or from the tests may register codecs
+        patch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+        patch.setattr(sys, "path", [str(script.parent), *sys.path])
         try:
             with pytest.raises(Read):
                 runpy.run_path(str(script), run_name="__main__")
         finally:
             for name in set(sys.modules) - before:
-                if (
-                    Path(getattr(sys.modules[name], "__file__", None) or "/").parent
-                    == script.parent
-                ):
+                file = Path(getattr(sys.modules[name], "__file__", None) or "/")
+                if any(file.is_relative_to(ROOT / top) for top in ("benchmarks", "examples", "tests")):
                     del sys.modules[name]
 
 
