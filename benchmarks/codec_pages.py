@@ -116,7 +116,7 @@ class Numbers:
 
     def _gain(self, name: str, rate: float | None) -> str:
         row = self.closed.get(name if rate is None else f"{name}:bpp={rate:g}")
-        return "" if row is None else _percent(row["gain_kept"])
+        return "" if row is None else percent(row["gain_kept"])
 
     def _closed_loop(self) -> str:
         rows = [
@@ -124,9 +124,9 @@ class Numbers:
                 f"`{name}`",
                 f"{row['bits_per_parameter']['mean']:.3g}",
                 f"{row['times_fewer_than_fp32']['mean']:.4g}x",
-                _plus_minus(row["final_nll"], "{:.4f}"),
-                _plus_minus(row["difference_to_reference"], "{:+.4f}"),
-                *(_percent(point) for point in row["gain_kept_by_round"]),
+                plus_minus(row["final_nll"], "{:.4f}"),
+                plus_minus(row["difference_to_reference"], "{:+.4f}"),
+                *(percent(point) for point in row["gain_kept_by_round"]),
                 str(row["final_nll"]["n"]),
             ]
             for name, row in self.closed.items()
@@ -187,8 +187,8 @@ def _rate(row: Row) -> float | None:
     return float(row["asked_bpp"]) if row["asked_bpp"] else None
 
 
-def _percent(spread: dict[str, Any]) -> str:
-    return _plus_minus({**spread, **_hundredfold(spread)}, "{:.1f}") + " %"
+def percent(spread: dict[str, Any]) -> str:
+    return plus_minus({**spread, **_hundredfold(spread)}, "{:.1f}") + " %"
 
 
 def _hundredfold(spread: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _hundredfold(spread: dict[str, Any]) -> dict[str, Any]:
     return {key: None if spread[key] is None else 100 * spread[key] for key in keys}
 
 
-def _plus_minus(spread: dict[str, Any], layout: str) -> str:
+def plus_minus(spread: dict[str, Any], layout: str) -> str:
     text = layout.format(spread["mean"])
     error = spread["standard_error"]
     return text if error is None else f"{text} ±{layout.replace('+', '').format(error)}"

@@ -292,16 +292,30 @@ def record(
     RecordingError
         If `to` holds something else, or the run was not recorded from its start.
     """
-    from cgfedllm.tgap.index import KINDS, is_recording
-    from cgfedllm.tgap.recorder import Recorder, check_goes_on, check_lossless
-    from cgfedllm.tgap.writer import check_vacant
+    from cgfedllm.tgap.index import KINDS
+    from cgfedllm.tgap.recorder import check_lossless
 
     if kind not in KINDS:
         raise ConfigError(f"a recording is one of {', '.join(KINDS)}; got {kind!r}")
+    if kind == "federated":
+        check_lossless(config)
+    return _record(config, to, kind, overwrite, listeners)
+
+
+def _record(
+    config: Config,
+    to: Path | str | None,
+    kind: RecordingKind,
+    overwrite: bool,
+    listeners: Sequence[Listener],
+) -> RecordingResult:
+    """Record what the server decodes, whatever the uplink."""
+    from cgfedllm.tgap.index import is_recording
+    from cgfedllm.tgap.recorder import Recorder, check_goes_on
+    from cgfedllm.tgap.writer import check_vacant
+
     if kind != "federated":
         config = config.with_overrides({"name": f"{config.name}-{kind}", **WITHOUT_FLUSH})
-    else:
-        check_lossless(config)
     folder = RunFolder(config.run_dir)
     target = folder.recording_dir if to is None else Path(to)
     if target.resolve() == folder.path.resolve():
@@ -333,10 +347,10 @@ def pretrain(
 ) -> PretrainResult:
     """Fit a learned codec on recorded updates before it is used (TGAP).
 
-    Without `recordings` updates are collected first, on D1 (`data.part`) and uncompressed, in the
-    run ``OUTPUT/NAME-tgap``. Called again after a stop it goes on: with a federated run after its
-    last round, with a fit after its last epoch, to the same codec. A complete one is returned as
-    it is.
+    Without `recordings` updates are collected first, on D1 (`data.part`) and as ``[tgap]`` says,
+    in the run ``OUTPUT/NAME-tgap``. Called again after a stop it goes on: with a federated run
+    after its last round, with a fit after its last epoch, to the same codec. A complete one is
+    returned as it is.
 
     Parameters
     ----------
@@ -868,7 +882,7 @@ def _collected(
     """A complete recording to pre-train on."""
     from cgfedllm.tgap.recording import Recording
 
-    result = record(config, kind=kind, overwrite=overwrite, listeners=listeners)
+    result = _record(config, None, kind, overwrite, listeners)
     if result.run.interrupted:
         again = "goes on" if kind == "federated" else "collects again"
         raise RunInterrupted(f"stopped while updates were collected; the same command {again}")

@@ -486,7 +486,11 @@ class TgapConfig(Section):
     the raw codec. centralised: all rows on one machine, as one client. local-only: every client on
     its own rows from start to end."""
     rounds: Positive | None = None
-    """Rounds of collecting; None: federation.rounds."""
+    """Rounds of collecting; None: federation.rounds, and for a codec that learns from plain
+    gradients (`learned`) at most 4 of them."""
+    codec: str = "auto"
+    """Uplink codec of federated collecting, with its default options. auto: int4 for a codec that
+    learns from plain gradients, whose directions it hardly moves; raw for the others."""
     optimizer: Literal["auto", "run", "sgd"] = "auto"
     """Local optimiser while updates are collected. run: training.optimizer, as in the run. sgd:
     plain gradient descent at rate 1, gradients clipped to training.max_grad_norm or 1. auto: what
@@ -509,6 +513,22 @@ class TgapConfig(Section):
     """Stop after so many passes in a row without a better fidelity on the validation updates."""
     seed: NonNegative | None = None
     """Seed of the fit and of the draw of clients; None: the run's seed."""
+
+    @field_validator("codec")
+    @classmethod
+    def _codec_that_learns_nothing(cls, name: str) -> str:
+        if name != "auto" and learns(_known_codec(name)):
+            raise ValueError(f"{name!r} has to learn first; updates are collected to learn from")
+        return name
+
+    @model_validator(mode="after")
+    def _codec_of_packets(self) -> TgapConfig:
+        if self.codec not in ("auto", "raw") and self.collect != "federated":
+            raise ValueError(
+                f"codec {self.codec!r} is for collect = 'federated'; with {self.collect!r} no "
+                "packets are sent"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

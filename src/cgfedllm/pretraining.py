@@ -36,6 +36,8 @@ from cgfedllm.tgap.recording import Recording
 
 FORMAT = 1
 SUFFIX = ".safetensors"
+# of gradients: more show hardly any other directions
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,21 @@ class Pretraining:
 
     @property
     def collecting(self) -> Config:
-        """Configuration of the run that collects updates: on D1, uncompressed, not evaluated."""
-        rounds = self._config.tgap.rounds or self._config.federation.rounds
-        optimizer = self._config.tgap.optimizer
-        gradients = optimizer == "sgd" or (optimizer == "auto" and self._codec.learns_gradients)
+        """Configuration of the run that collects updates: on D1, not evaluated."""
+        tgap, rounds = self._config.tgap, self._config.federation.rounds
+        gradients = tgap.optimizer == "sgd" or (
+            tgap.optimizer == "auto" and self._codec.learns_gradients
+        )
+        little = gradients and self._codec.learns_gradients
+        codec = tgap.codec
+        if codec == "auto":
+            codec = "int4" if little and tgap.collect == "federated" else "raw"
         return self._config.with_overrides(
             {
                 "name": f"{self._config.name}-tgap",
                 "data.part": "d1",
-                "federation.rounds": rounds,
-                "uplink.name": "raw",
+                "federation.rounds": tgap.rounds or (min(rounds, _ROUNDS) if little else rounds),
+                "uplink.name": codec,
                 "uplink.options": {},
                 **_WITHOUT_LEARNING,
                 "evaluation.every": 0,
@@ -452,6 +459,11 @@ def _provenance(recordings: Sequence[Recording]) -> list[str]:
             f"updates were recorded with data.part = {', '.join(parts)}, not d1: a run on rows "
             "that were recorded from is no fair test of this codec"
         )
+    lossy = sorted(
+        {name for r in recordings if not codec_class(name := r.config.uplink.name).lossless}
+    )
+    if lossy:
+        notes.append(f"updates are as decoded from packets of {', '.join(lossy)}")
     mechanisms = {recording.config.privacy.mechanism for recording in recordings}
     if "local" in mechanisms:
         notes.append(

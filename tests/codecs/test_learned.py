@@ -14,7 +14,8 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, Start, make_codec
 from cgfedllm.codecs.learned import Learned
 from cgfedllm.codecs.learned.axes import CLASSES, KNOWN_CLASSES, axes_of
-from cgfedllm.codecs.learned.directions import ENERGIES, WEIGHTS, learn
+from cgfedllm.codecs.learned.directions import ENERGIES, WEIGHTS
+from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.learning import FitProgress, FitSettings
 from cgfedllm.codecs.packet import HEADER_SIZE
 from cgfedllm.errors import CodecStateError, PacketError

@@ -8,15 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
+from cgfedllm.codecs import CodecState, make_codec
 from cgfedllm.codecs.learned.directions import (
     ENERGIES,
     WEIGHTS,
-    learn,
     missed,
     read_directions,
     unknown,
     weighted_grams,
 )
+from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.learned.grown import grown_directions
 
 A, B = "m.layers.0.q_proj.lora_A.weight", "m.layers.0.q_proj.lora_B.weight"
@@ -92,6 +93,78 @@ def test_learning_in_parts_finds_what_all_of_it_holds() -> None:
     ]
     for own, least in zip(vectors, (0.85, 0.97), strict=True):
         assert np.abs((own * TRUE[A]).sum(axis=1)).min() > least
+
+
+# three that read one input with different errors, and one that reads another
+ATTENTION = AdapterSpec.from_shapes(
+    {
+        f"m.layers.{layer}.self_attn.{module}.lora_{factor}.weight": (4, 60)
+        if factor == "A"
+        else (60, 4)
+        for layer in range(2)
+        for module in ("q_proj", "k_proj", "v_proj", "o_proj")
+        for factor in "AB"
+    }
+)
+
+
+def of_attention(count: int) -> list[AdapterUpdate]:
+    rng = np.random.default_rng(2)
+    inputs = {
+        (layer, own): orthonormal(6, 60, 10 * layer + own) for layer in range(2) for own in range(2)
+    }
+    updates = []
+    for _ in range(count):
+        update = AdapterUpdate.zeros(ATTENTION)
+        for factor in ATTENTION:
+            vectors = inputs[factor.layer, int("o_proj" in factor.name)]
+            # each module's errors pick others of the input's directions
+            strengths = 1 + rng.permutation(6) if factor.kind == "A" else np.ones(6)
+            rows = rng.standard_normal((4, 6)) * strengths @ vectors
+            rows += 0.1 * rng.standard_normal((4, 60))
+            update.views()[factor.name][...] = rows if factor.kind == "A" else rows.T
+        updates.append(update)
+    return updates
+
+
+def test_factors_that_read_one_input_share_its_directions() -> None:
+    tensors = learn(ATTENTION, of_attention(20), 6)
+    names = {
+        (factor.layer, factor.module.rpartition(".")[2], factor.kind): factor.name
+        for factor in ATTENTION
+    }
+    for layer in range(2):
+        query, key, value, out = (tensors[names[layer, f"{m}_proj", "A"]] for m in "qkvo")
+        assert (query == key).all()
+        assert (query == value).all()
+        assert not (query == out).all()
+        # errors are a module's own, even where they happen to be alike
+        assert not (
+            tensors[names[layer, "q_proj", "B"]] == tensors[names[layer, "k_proj", "B"]]
+        ).all()
+    assert not (tensors[names[0, "q_proj", "A"]] == tensors[names[1, "q_proj", "A"]]).all()
+
+
+def test_what_is_shared_is_sent_once() -> None:
+    codec, shared = make_codec("learned", {"directions": 6}), learn(ATTENTION, of_attention(20), 6)
+    apart, rng = dict(shared), np.random.default_rng(3)
+    for name, own in shared.items():
+        if ".k_proj.lora_A" in name or ".v_proj.lora_A" in name:
+            apart[name] = rng.permuted(own, axis=1)
+    sizes = [len(codec.pack_state(CodecState.of(tensors))) for tensors in (shared, apart)]
+    # 4 of 16 factors' directions
+    assert sizes[0] < 0.85 * sizes[1]
+
+
+def test_energies_are_each_factors_own() -> None:
+    tensors = learn(ATTENTION, of_attention(20), 6)
+    of_query, of_key = (
+        tensors[ENERGIES][k]
+        for k, factor in enumerate(ATTENTION)
+        if factor.layer == 0 and factor.kind == "A" and factor.module[-6:] in ("q_proj", "k_proj")
+    )
+    assert not (of_query == of_key).all()
+    np.testing.assert_allclose([of_query[:-1].sum(), of_key[:-1].sum()], 1, atol=0.05)
 
 
 def test_vectors_are_units_and_products_exact() -> None:

@@ -205,7 +205,9 @@ def check_script(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             for name in set(sys.modules) - before:
                 file = Path(getattr(sys.modules[name], "__file__", None) or "/")
-                if any(file.is_relative_to(ROOT / top) for top in ("benchmarks", "examples", "tests")):
+                if any(
+                    file.is_relative_to(ROOT / top) for top in ("benchmarks", "examples", "tests")
+                ):
                     del sys.modules[name]
 
 

@@ -224,24 +224,21 @@ class Deployment(Loopback):
         )
 
     def node(self, name: str, data: Path, programs: Path | None = None) -> Process:
-        """A SuperNode that is let in."""
-        key = str(self.keys / "nodes" / name)
-        return self.supernode(key, name=name, data=data, programs=programs)
+        """A SuperNode, started until it is let in, as a service manager would.
 
-    def node_again(self, name: str, data: Path) -> Process:
-        """A SuperNode that was killed, started until it is let in, as a service manager would.
-
-        Flower takes it for connected until heartbeats have been missing for a while.
+        Flower takes one that was killed, by an earlier test too, for connected until heartbeats
+        have been missing for a while.
         """
+        key = str(self.keys / "nodes" / name)
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
-            process = self.node(name, data)
+            process = self.supernode(key, name=name, data=data, programs=programs)
             until(process.answered, "an answer")
             if not process.ended:
                 return process
             process.kill()
             time.sleep(5)
-        raise AssertionError(f"{name} was not let in again")
+        raise AssertionError(f"{name} was not let in")
 
     def submit(self, config: Config) -> Process:
         """Start a run as a user does."""

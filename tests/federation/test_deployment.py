@@ -109,7 +109,7 @@ def test_what_a_killed_supernode_and_a_killed_server_held_is_not_lost(
                 deployment.kill_server_app()  # and, at the end of the block, node north
         done = len(records(config))
         with (
-            deployment.node_again("north", clinics / "north.jsonl"),
+            deployment.node("north", clinics / "north.jsonl"),
             deployment.submit(config) as again,
         ):
             assert again.wait(900) == 0, again.log

@@ -136,6 +136,51 @@ def test_updates_are_collected_with_the_optimiser_that_teaches_most(
         assert training == config.training
 
 
+@pytest.mark.parametrize(
+    ("codec", "settings", "collected"),
+    [
+        # directions of gradients show in few packets of few bits
+        ("learned", (), ("int4", 4)),
+        ("learned", ("tgap.rounds=9", "tgap.codec=raw"), ("raw", 9)),
+        ("learned", ("tgap.optimizer=run",), ("raw", 6)),
+        ("learned", ("tgap.collect=centralised",), ("raw", 4)),
+        # an auto-encoder learns what it is to code, to the last bit
+        ("cg_resnet", (), ("raw", 6)),
+        ("cg_resnet", ("tgap.optimizer=sgd",), ("raw", 6)),
+        ("cg_resnet", ("tgap.codec=int8",), ("int8", 6)),
+    ],
+)
+def test_as_many_packets_are_collected_as_it_takes(
+    tiny_config: MakeConfig, codec: str, settings: tuple[str, ...], collected: tuple[str, int]
+) -> None:
+    config = tiny_config("federation.rounds=6", *settings)
+    made = Pretraining(config, codec, collects=True).collecting
+    assert (made.uplink.name, made.federation.rounds) == collected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["tgap.codec=learned"], r"tgap\.codec.*'learned' has to learn first"),
+        (["tgap.codec=nope"], r"tgap\.codec.*nope"),
+        (["tgap.codec=int4", "tgap.collect=local-only"], r"tgap.*'int4' is for.*'federated'"),
+    ],
+)
+def test_what_updates_cannot_be_collected_with(
+    tiny_config: MakeConfig, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(*settings)
+
+
+def test_what_packets_left_of_the_updates_is_in_the_card(tiny_config: MakeConfig) -> None:
+    result = api.pretrain(tiny_config(*SMALL), "learned")
+    card = result.file.card
+    assert "updates are as decoded from packets of int4" in card["notes"]
+    recording = Recording.open(tiny_config().run_dir.with_name("tiny-tgap") / "recording")
+    assert card["cost"]["uplink_bytes"] < recording.nbytes / 4
+
+
 def test_a_codec_that_learns_gradients_is_fitted_and_used(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -258,16 +303,16 @@ def test_stopped_while_collecting(
 ) -> None:
     asked: list[Any] = []
 
-    def record(config: Config, **options: Any) -> api.RecordingResult:
+    def record(config: Config, *options: Any) -> api.RecordingResult:
         asked.append((config, options))
         run = api.RunResult(config.run_dir, config.run_dir / "adapter", [], interrupted=True)
         return api.RecordingResult(run, config.run_dir / "recording")
 
-    monkeypatch.setattr(api, "record", record)
+    monkeypatch.setattr(api, "_record", record)
     with pytest.raises(RunInterrupted, match=f"the same command {what}"):
         api.pretrain(tiny_config(*SMALL, f"tgap.collect={kind}"), pca)
-    ((config, options),) = asked
-    assert (options["kind"], config.name, config.uplink.name) == (kind, "tiny-tgap", "raw")
+    ((config, (_, collected, *_)),) = asked
+    assert (collected, config.name, config.uplink.name) == (kind, "tiny-tgap", "raw")
     assert (config.evaluation.heldout, config.evaluation.clients) == (False, False)
 
 

@@ -27,11 +27,11 @@ from cgfedllm.codecs.learned.axes import Metric, axes_of
 from cgfedllm.codecs.learned.directions import (
     ENERGIES,
     WEIGHTS,
-    learn,
     missed,
     orthonormal,
     unknown,
 )
+from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.learned.kinds import Axes
 from cgfedllm.codecs.learned.linear import (
     MARK_BYTES,

@@ -7,17 +7,16 @@ r"""What a state knows: along which directions of the long axis gradients lie, a
     Sigma of A's inputs:              n e_i along u_i
 
 A gradient of A is a sum of errors times inputs, so its second moments along the long axis are those
-of the inputs, which have few strong directions; likewise for B and the errors at the outputs. Steps
-of plain gradient descent show them. Those of Adam do not: it divides by their size, entry by entry.
+of the inputs, which have few strong directions; likewise for B and the errors at the outputs.
+`fitting` finds them.
 
 Directions are kept as small integers: unit vectors up to their length, which follows from them to
-the last bit. Their step is a quarter of an entry's typical size, also where a few entries are far
-larger: one relative to the largest left such directions 15 % off from being orthogonal.
+the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -26,22 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Factor, Float32Array
+from cgfedllm.adapter import AdapterSpec, Factor, Float32Array
 from cgfedllm.codecs.base import CodecState
 from cgfedllm.codecs.entropy import Float64Array
 from cgfedllm.codecs.parts.exact import gram, whole_products
-from cgfedllm.codecs.parts.rows import row_count, to_rows
+from cgfedllm.codecs.parts.rows import row_count
 
 ENERGIES = "energies"
 WEIGHTS = "weights"
-# steps to an entry of typical size, and the most an int8 holds
-_STEPS = 4
-_LARGEST = 127
-# more directions are followed while learning than are kept
-_FOLLOWED = 2
-_BATCH = 8
-# of the energy; what is below is noise of roundings
-_LEAST_SHARE = 1e-6
 # those of the last state; clients of a process share one
 _bases: dict[bytes, dict[str, Float32Array]] = {}
 _lock = Lock()
@@ -149,78 +140,6 @@ def _orthonormal(whole: NDArray[np.int8]) -> Float32Array:
     return np.asarray(np.linalg.qr(there.T)[0].T, np.float32).copy()
 
 
-def learn(
-    spec: AdapterSpec, updates: Iterable[AdapterUpdate], directions: int
-) -> dict[str, NDArray[Any]]:
-    """A state of recorded updates, each counted alike whatever its norm."""
-    followed = {factor.name: _Followed(_FOLLOWED * directions) for factor in described(spec)}
-    for update in updates:
-        for factor in described(spec):
-            rows = to_rows(update.vector[spec.slices[factor.name]], factor)
-            norm = np.linalg.norm(rows)
-            if norm:
-                followed[factor.name].add(rows / norm)
-    tensors = unknown(spec, directions)
-    for k, factor in enumerate(described(spec)):
-        vectors, energies = followed[factor.name].leading(directions)
-        found, n = len(vectors), length_of(factor)
-        if not found:
-            continue
-        largest = np.abs(vectors).max(axis=1, keepdims=True)
-        tensors[factor.name][:found] = np.rint(
-            vectors * np.minimum(_STEPS * np.sqrt(n), _LARGEST / largest)
-        )
-        shares = tensors[ENERGIES][k]
-        shares[:found] = energies
-        shares[found:] = (1 - energies.sum()) / max(n - found, 1)
-        shares[:] = shares.clip(_LEAST_SHARE)
-        if factor.kind == "A":
-            mean = (shares[:-1].sum() + (n - directions) * shares[-1]) / n
-            tensors[WEIGHTS][k] = shares / mean
-    return tensors
-
-
 def missed(tensors: Mapping[str, NDArray[Any]]) -> float:
     """Mean share of the energy that is along no direction."""
     return float(1 - tensors[ENERGIES][:, :-1].sum(axis=1, dtype=np.float64).mean())
-
-
-class _Followed:
-    """Leading right singular vectors of ever more rows, in little memory.
-
-    What falls below the followed ones is dropped at every merge (Brand, Linear Algebra and its
-    Applications 415(1), 2006).
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._kept: Float32Array | None = None
-        self._new: list[Float32Array] = []
-        self._total = 0.0
-
-    def add(self, rows: Float32Array) -> None:
-        """Take in some rows."""
-        self._total += float(np.square(rows, dtype=np.float64).sum())
-        self._new.append(rows)
-        if len(self._new) == _BATCH:
-            self._merge()
-
-    def leading(self, count: int) -> tuple[Float32Array, Float64Array]:
-        """Unit vectors, shape (at most count, n), and their shares of the energy."""
-        self._merge()
-        if self._kept is None:
-            return np.zeros((0, 0), np.float32), np.zeros(0)
-        values = np.linalg.norm(self._kept.astype(np.float64), axis=1)
-        there = int(np.count_nonzero(np.square(values[:count]) > _LEAST_SHARE * self._total))
-        vectors = self._kept[:there] / values[:there, None].astype(np.float32)
-        return vectors, np.square(values[:there]) / self._total
-
-    def _merge(self) -> None:
-        if not self._new:
-            return
-        rows = np.concatenate(([] if self._kept is None else [self._kept]) + self._new)
-        # their Gram is far smaller than they are
-        wide = rows.astype(np.float64)
-        _, turn = np.linalg.eigh(wide @ wide.T)
-        self._kept = (turn[:, ::-1].T[: self._count] @ wide).astype(np.float32)
-        self._new = []

@@ -1,0 +1,68 @@
+"""Put the numbers of benchmarks/results/learned into docs/learned-codec.md.
+
+    python benchmarks/learned_page.py
+    python benchmarks/learned_page.py --check
+
+Blocks are marked as in docs/codecs.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from codec_pages import BLOCK, ROOT, fill, percent, plus_minus, result_file, table_of
+
+PAGE = ROOT / "docs" / "learned-codec.md"
+MIB = 2**20
+FILES = {
+    "MedQuAD": "learned/medquad.json",
+    "ablation": "learned/ablation.json",
+}
+
+
+def main() -> None:
+    fill(PAGE, filled, __doc__)
+
+
+def filled(page: str) -> str:
+    """The page with every block written anew."""
+    return BLOCK.sub(lambda m: m[1] + _closed_loop(result_file(FILES[m[2]])) + m[3], page)
+
+
+def _closed_loop(results: dict[str, Any]) -> str:
+    """A row a candidate: bytes, loss, and bytes to where the reference ends, or nearly."""
+    chosen = results["tuning"]["candidates"] if results["tuning"] else {}
+    shares = {
+        cell["candidate"]: cell["seconds"]["encode_share_of_train"] for cell in results["cells"]
+    }
+    rows = [
+        [
+            f"`{row['candidate']}`",
+            f"{row['uplink_bytes']['mean'] / MIB:.3g}",
+            f"{row['times_fewer_than_fp32']['mean']:.4g}x",
+            plus_minus(row["final_nll"], "{:.4f}"),
+            percent(row["gain_kept"]),
+            *(_reached(row["bytes_to_share"]["uplink"][share]) for share in ("0.95", "0.99")),
+            f"{100 * shares[row['candidate']]:.1f} %",
+            *(f"{rate:g}" for rate in chosen.get(row["candidate"], {}).get("chosen", {}).values()),
+            str(row["final_nll"]["n"]),
+        ]
+        for row in results["summary"]
+        if row["final_nll"]["n"]
+    ]
+    heads = ["uplink, MiB", "fewer", "held-out NLL", "gain kept", "MiB to 95 %", "MiB to 99 %"]
+    tuned = [key.rsplit(".", 1)[-1] for key in (results["tuning"] or {"grid": {}})["grid"]]
+    return table_of([*heads, "encoding / training", *tuned, "seeds"], rows, first="uplink")
+
+
+def _reached(share: dict[str, Any]) -> str:
+    reached = [bytes_ for bytes_ in share["by_seed"].values() if bytes_ is not None]
+    if not reached:
+        return "-"
+    some = "" if len(reached) == share["of"] else f" ({len(reached)} of {share['of']} seeds)"
+    return f"{statistics.fmean(reached) / MIB:.3g}{some}"
+
+
+if __name__ == "__main__":
+    main()
