@@ -41,8 +41,8 @@ def machine() -> dict[str, Any]:
 
 def write_result(name: str, content: dict[str, Any]) -> Path:
     """Write ``results/NAME.json`` with machine, command and date."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", *sys.argv])
     head = {"command": command, "date": datetime.now(UTC).date().isoformat(), **machine()}
     path.write_text(json.dumps({**head, **content}, indent=2) + "\n")

@@ -15,10 +15,7 @@ from codec_pages import BLOCK, ROOT, fill, percent, plus_minus, result_file, tab
 
 PAGE = ROOT / "docs" / "learned-codec.md"
 MIB = 2**20
-FILES = {
-    "MedQuAD": "learned/medquad.json",
-    "ablation": "learned/ablation.json",
-}
+CLOSED_LOOPS = {"MedQuAD": "learned/medquad.json", "ablation": "learned/ablation.json"}
 
 
 def main() -> None:
@@ -27,7 +24,28 @@ def main() -> None:
 
 def filled(page: str) -> str:
     """The page with every block written anew."""
-    return BLOCK.sub(lambda m: m[1] + _closed_loop(result_file(FILES[m[2]])) + m[3], page)
+    return BLOCK.sub(lambda m: m[1] + _block(m[2]) + m[3], page)
+
+
+def _block(name: str) -> str:
+    if name == "TGAP":
+        return _directions(result_file("learned/directions.json")["results"])
+    return _closed_loop(result_file(CLOSED_LOOPS[name]))
+
+
+def _directions(results: dict[str, Any]) -> str:
+    """A row a codec file: what it cost, and the energy along its directions."""
+    kinds = list(next(iter(results.values()))["energy"])
+    rows = [
+        [
+            label,
+            f"{found['tgap_uplink_bytes'] / MIB:.3g}",
+            f"{found['state_bytes'] / MIB:.2f}",
+            *(f"{found['energy'][kind]:.2f}" for kind in kinds),
+        ]
+        for label, found in results.items()
+    ]
+    return table_of(["uplink, MiB", "state, MiB", *kinds], rows, first="learned from")
 
 
 def _closed_loop(results: dict[str, Any]) -> str:
