@@ -483,8 +483,8 @@ class TgapConfig(Section):
 
     collect: Literal["federated", "centralised", "local-only"] = "federated"
     """How updates are collected on D1 where no recording is given. federated: a warm-up run over
-    the raw codec. centralised: all rows on one machine, as one client. local-only: every client on
-    its own rows from start to end."""
+    `codec`. centralised: all rows on one machine, as one client. local-only: every client on its
+    own rows from start to end."""
     rounds: Positive | None = None
     """Rounds of collecting; None: federation.rounds, and for a codec that learns from plain
     gradients (`learned`) at most 4 of them."""

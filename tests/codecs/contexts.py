@@ -7,7 +7,7 @@ import numpy as np
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import Codec, CodecState, Start
 from cgfedllm.codecs.learned import Learned
-from cgfedllm.codecs.learned.directions import learn
+from cgfedllm.codecs.learned.fitting import learn
 
 
 def begun(codec: Codec, spec: AdapterSpec) -> Start | None:

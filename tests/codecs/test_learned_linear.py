@@ -16,7 +16,8 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, Start, make_codec
 from cgfedllm.codecs.feedback import encode_with_feedback
 from cgfedllm.codecs.learned import Learned
-from cgfedllm.codecs.learned.directions import ENERGIES, WEIGHTS, learn, orthonormal
+from cgfedllm.codecs.learned.directions import ENERGIES, WEIGHTS, orthonormal
+from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.packet import HEADER_SIZE
 from cgfedllm.errors import CodecError, PacketError
 

@@ -16,7 +16,7 @@ import pytest
 from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, make_codec
 from cgfedllm.codecs.learned import Learned
-from cgfedllm.codecs.learned.directions import learn
+from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.packet import HEADER_SIZE
 from cgfedllm.codecs.rate import payload_bits
 

@@ -119,13 +119,11 @@ def test_a_run_whose_nodes_come_through_the_proxy(
         "federation.min_clients=2",
         "evaluation.clients=false",
     )
-    job = deployment.folder / "job.toml"
-    job.write_text(config.to_toml())
     north, south = (
         proxy.node(name, deployment.folder / f"{name}.jsonl", deployment.keys / "nodes" / name)
         for name in ("north", "south")
     )
-    with north, south, deployment.submit(job) as run:
+    with north, south, deployment.submit(config) as run:
         assert run.wait(900) == 0, run.log
     last = RunFolder(config.run_dir).records()[-1]
     assert [client.client for client in last.clients] == ["north", "south"]

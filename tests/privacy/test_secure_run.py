@@ -18,7 +18,7 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.analysis.curves import curve_of
 from cgfedllm.codecs import CodecContext, CodecState, make_codec
 from cgfedllm.codecs.learned import Learned
-from cgfedllm.codecs.learned.directions import learn
+from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.packet import HEADER_SIZE, Packet
 from cgfedllm.config import Config
 from cgfedllm.errors import CodecError, ConfigError, FederationError, SecureAggregationError
