@@ -1,4 +1,4 @@
-"""Put the numbers of benchmarks/results/learned into docs/learned-codec.md.
+"""Put the numbers of benchmarks/results/learned into docs/learned-codec.md and README.md.
 
     python benchmarks/learned_page.py
     python benchmarks/learned_page.py --check
@@ -14,12 +14,14 @@ from typing import Any
 from codec_pages import BLOCK, ROOT, fill, percent, plus_minus, result_file, table_of
 
 PAGE = ROOT / "docs" / "learned-codec.md"
+FACE = ROOT / "README.md"
 MIB = 2**20
 CLOSED_LOOPS = {"MedQuAD": "learned/medquad.json", "ablation": "learned/ablation.json"}
 
 
 def main() -> None:
-    fill(PAGE, filled, __doc__)
+    for page in (PAGE, FACE):
+        fill(page, filled, __doc__)
 
 
 def filled(page: str) -> str:
@@ -30,7 +32,28 @@ def filled(page: str) -> str:
 def _block(name: str) -> str:
     if name == "TGAP":
         return _directions(result_file("learned/directions.json")["results"])
+    if name == "flagship":
+        return _headline(result_file(CLOSED_LOOPS["MedQuAD"]))
     return _closed_loop(result_file(CLOSED_LOOPS[name]))
+
+
+def _headline(results: dict[str, Any]) -> str:
+    """The closed loop in short."""
+    rows = [[f"`{row['candidate']}`", *_bytes_and_loss(row)] for row in _measured(results)]
+    return table_of(["uplink, MiB", "fewer", "held-out NLL", "gain kept"], rows, first="uplink")
+
+
+def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in results["summary"] if row["final_nll"]["n"]]
+
+
+def _bytes_and_loss(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['uplink_bytes']['mean'] / MIB:.3g}",
+        f"{row['times_fewer_than_fp32']['mean']:,.0f}x",
+        plus_minus(row["final_nll"], "{:.4f}"),
+        percent(row["gain_kept"]),
+    ]
 
 
 def _directions(results: dict[str, Any]) -> str:
@@ -57,17 +80,13 @@ def _closed_loop(results: dict[str, Any]) -> str:
     rows = [
         [
             f"`{row['candidate']}`",
-            f"{row['uplink_bytes']['mean'] / MIB:.3g}",
-            f"{row['times_fewer_than_fp32']['mean']:.4g}x",
-            plus_minus(row["final_nll"], "{:.4f}"),
-            percent(row["gain_kept"]),
+            *_bytes_and_loss(row),
             *(_reached(row["bytes_to_share"]["uplink"][share]) for share in ("0.95", "0.99")),
             f"{100 * shares[row['candidate']]:.1f} %",
             *(f"{rate:g}" for rate in chosen.get(row["candidate"], {}).get("chosen", {}).values()),
             str(row["final_nll"]["n"]),
         ]
-        for row in results["summary"]
-        if row["final_nll"]["n"]
+        for row in _measured(results)
     ]
     heads = ["uplink, MiB", "fewer", "held-out NLL", "gain kept", "MiB to 95 %", "MiB to 99 %"]
     tuned = [key.rsplit(".", 1)[-1] for key in (results["tuning"] or {"grid": {}})["grid"]]

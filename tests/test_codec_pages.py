@@ -1,4 +1,4 @@
-"""Numbers in docs/codecs.md, docs/paper.md and docs/drop-in.md are those of the result files."""
+"""Numbers in the pages of codecs, the paper, the drop-in and `learned` are those of the files."""
 
 import sys
 from pathlib import Path
@@ -33,6 +33,14 @@ def drop_in(pages):  # type: ignore[no-untyped-def]
     del sys.modules["drop_in_page"]
 
 
+@pytest.fixture
+def learned(pages):  # type: ignore[no-untyped-def]
+    import learned_page
+
+    yield learned_page
+    del sys.modules["learned_page"]
+
+
 def test_the_page_of_codecs_is_up_to_date(pages) -> None:  # type: ignore[no-untyped-def]
     page = pages.PAGE.read_text(encoding="utf-8")
     assert pages.filled(page) == page, "run `python benchmarks/codec_pages.py`"
@@ -50,6 +58,14 @@ def test_the_page_of_the_drop_in_is_up_to_date(drop_in) -> None:  # type: ignore
     assert page.count("<!-- numbers: ") == 2
 
 
+def test_the_page_of_the_flagship_is_up_to_date(learned) -> None:  # type: ignore[no-untyped-def]
+    page = learned.PAGE.read_text(encoding="utf-8")
+    assert learned.filled(page) == page, "run `python benchmarks/learned_page.py`"
+    assert page.count("<!-- numbers: ") == 3
+    face = learned.FACE.read_text(encoding="utf-8")
+    assert learned.filled(face) == face, "run `python benchmarks/learned_page.py`"
+
+
 def test_every_block_names_a_codec_or_a_table(pages) -> None:  # type: ignore[no-untyped-def]
     from cgfedllm.codecs import codec_names
 
@@ -60,9 +76,9 @@ def test_every_block_names_a_codec_or_a_table(pages) -> None:  # type: ignore[no
     assert len(names) == len(set(names)) == page.count("<!-- numbers: ")
 
 
-def test_figures_of_the_pages_exist(pages, paper) -> None:  # type: ignore[no-untyped-def]
+def test_figures_of_the_pages_exist(pages, paper, learned) -> None:  # type: ignore[no-untyped-def]
     import re
 
-    for page in (pages.PAGE, paper.PAGE):
+    for page in (pages.PAGE, paper.PAGE, learned.PAGE, learned.FACE):
         for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).resolve().is_file(), target
