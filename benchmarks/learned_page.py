@@ -32,9 +32,27 @@ def filled(page: str) -> str:
 def _block(name: str) -> str:
     if name == "TGAP":
         return _directions(result_file("learned/directions.json")["results"])
+    if name == "speed":
+        return _speed(result_file("learned/speed.json")["results"])
     if name == "flagship":
         return _headline(result_file(CLOSED_LOOPS["MedQuAD"]))
     return _closed_loop(result_file(CLOSED_LOOPS[name]))
+
+
+def _speed(results: list[dict[str, Any]]) -> str:
+    """A row a model and rate: what a client does in a round, and the server."""
+    rows = [
+        [
+            f"{row['model']}, {row['parameters'] / 1e6:.3g} M",
+            f"{row['bpp']:g}",
+            *(f"{row[f'{key}_ms']['median']:.0f} ms" for key in ("axes", "encode", "decode")),
+            f"{row['encode_peak']:.1f}x / {row['decode_peak']:.1f}x",
+            f"{row['state_bytes'] / MIB:.1f} MiB",
+        ]
+        for row in results
+    ]
+    heads = ["bpp", "axes, once a round", "encode", "decode", "memory", "state"]
+    return table_of(heads, rows, first="adapter")
 
 
 def _headline(results: dict[str, Any]) -> str:

@@ -99,3 +99,10 @@ def test_styles() -> None:
     assert len(set(styles.values())) == 4
     assert styles["topk:bpp=0.1"].colour == styles["topk:bpp=0.2"].colour == colour_of("topk")
     assert colour_of("unheard-of") == colour_of("unheard-of:x=1")
+
+
+def test_a_variant_has_the_colour_of_the_codec_it_begins_with() -> None:
+    assert colour_of("learned 0.02") == colour_of("learned:bpp=0.02") == colour_of("learned")
+    styles = styles_of(["learned 0.02", "learned 0.064", "learning less"])
+    assert styles["learned 0.02"].dashes != styles["learned 0.064"].dashes
+    assert styles["learning less"].colour != styles["learned 0.02"].colour

@@ -99,11 +99,16 @@ class LineStyle:
 
 
 def codec_of(label: str) -> str:
-    """Name of the codec in a label like ``ecsq:bpp=0.05``; ``peer:NAME`` is one name."""
+    """Name of the codec in a label like ``ecsq:bpp=0.05`` or, of a variant, ``ecsq 0.05``.
+
+    ``peer:NAME`` is one name; a label that begins with no codec's name is one itself.
+    """
     first, colon, rest = label.partition(":")
     if first == "peer":
         return first + colon + rest.partition(":")[0].strip()
-    return first.strip()
+    name = first.strip()
+    word = name.partition(" ")[0]
+    return word if word in COLOURS else name
 
 
 def colour_of(label: str) -> str:
