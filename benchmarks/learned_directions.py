@@ -56,10 +56,11 @@ def measured(path: Path, recording: Recording) -> dict[str, Any]:
     """Energy by kind of factor, and what the codec cost."""
     file = load_codec_file(path)
     known = orthonormal(recording.spec, file.state)
+    factors = described(recording.spec)
     shares: dict[str, list[float]] = {}
     for entry in recording.entries:
         vector = recording.update(entry).vector
-        for factor in described(recording.spec):
+        for factor in factors:
             rows = to_rows(vector[recording.spec.slices[factor.name]], factor).astype(np.float64)
             energy = np.square(rows).sum()
             if energy:

@@ -51,16 +51,17 @@ def learn(
     spec: AdapterSpec, updates: Iterable[AdapterUpdate], directions: int
 ) -> dict[str, NDArray[Any]]:
     """A state of recorded updates, each counted alike whatever its norm."""
-    followed = {factor.name: _Followed(_FOLLOWED * directions) for factor in described(spec)}
+    factors = described(spec)
+    followed = {factor.name: _Followed(_FOLLOWED * directions) for factor in factors}
     for update in updates:
-        for factor in described(spec):
+        for factor in factors:
             rows = to_rows(update.vector[spec.slices[factor.name]], factor)
             norm = np.linalg.norm(rows)
             if norm:
                 followed[factor.name].add(rows / norm)
     tensors = unknown(spec, directions)
-    at = {factor.name: k for k, factor in enumerate(described(spec))}
-    for group in _reading_alike(described(spec), followed):
+    at = {factor.name: k for k, factor in enumerate(factors)}
+    for group in _reading_alike(factors, followed):
         pool = _Followed.pooled([followed[factor.name] for factor in group])
         vectors = pool.leading(directions)
         if not len(vectors):
