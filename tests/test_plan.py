@@ -354,7 +354,7 @@ def test_codec_state_is_what_the_broadcaster_sends(
     codec = make_codec(Learning.name)
     assert isinstance(codec, LearnedCodec)
     state = codec.initial_state(spec)
-    server = CodecBroadcaster(spec, codec, state, derived=True, stateless=stateless)
+    server = CodecBroadcaster(spec, codec, state, held=True, stateless=stateless)
     sent = []
     for round_ in range(1, rounds + 1):
         sent += [server.broadcast(str(client)).blob for client in range(clients)]
@@ -388,6 +388,8 @@ def test_pre_training_is_named(tiny: str, learning: str, tmp_path: Path) -> None
     assert (found.codec_state.sent, found.codec_state.tgap_uplink) == (3, 2**20)
     assert dict(found.rows())["pre-training"] == "1.00 MiB up and 2.00 MiB down, before this run"
     assert found.to_dict()["codec_state"]["tgap_downlink"] == 2**21
+    held = (f"uplink.state={path}", "uplink.clients_hold_state=true")
+    assert plan(tiny, learning, *held, clients=3).codec_state.sent == 0
     with pytest.raises(CodecStateError, match="of another adapter"):
         plan(tiny, learning, f"uplink.state={path}", "lora.rank=2")
 

@@ -423,6 +423,10 @@ class UplinkConfig(CodecConfig):
     state: str | None = None
     """Codec file of a pre-trained codec (`cgfedllm pretrain` writes them). Its options hold unless
     uplink.options says otherwise. None: a learned codec starts from nothing."""
+    clients_hold_state: bool = False
+    """Clients have that file already, as they have the base model, so nothing of it is sent. A
+    remote node is told where it is (`--node-config 'codec="/path/to/codec.safetensors"'`); one
+    that holds no such file, or another, is sent the state all the same."""
     adapt_every: NonNegative = 0
     """A learned codec learns from what the server decoded after every so many rounds (FAF), and
     clients are sent what it learned; 0: it stays as it is."""
@@ -461,6 +465,15 @@ class UplinkConfig(CodecConfig):
                     f"{key} is for codecs that learn, and {self.name!r} does not; remove "
                     f"uplink.{key}, or set uplink.name to one that does"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _what_clients_hold_is_named(self) -> UplinkConfig:
+        if self.clients_hold_state and self.state is None:
+            raise ValueError(
+                "clients_hold_state says that clients have the file uplink.state, which names "
+                "none; name it, or leave uplink.clients_hold_state out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -802,6 +815,7 @@ def other_uplink(codec: str) -> dict[str, Any]:
         "uplink.name": codec,
         "uplink.options": {},
         "uplink.state": None,
+        "uplink.clients_hold_state": False,
         "uplink.adapt_every": 0,
         "training.subspace": False,
     }

@@ -446,13 +446,14 @@ def _codec_state(
     cost: Mapping[str, Any],
 ) -> CodecStatePlan:
     """Play through what `federation.codec_state` sends, the whole state being so long."""
-    derived, every = config.uplink.state is None, config.uplink.adapt_every
+    uplink, every = config.uplink, config.uplink.adapt_every
+    at_start = 0 if uplink.state is None or uplink.clients_hold_state else -1
     held: dict[int, int] = {}
     sent = 0
     for done, clients in enumerate(trained_in):
         version = done // every if every else 0
         for client in clients:
-            sent += held.get(client, 0 if derived else -1) != version
+            sent += held.get(client, at_start) != version
             if not config.federation.stateless:
                 held[client] = version
     return CodecStatePlan(

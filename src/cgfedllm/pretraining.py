@@ -411,6 +411,7 @@ class Pretraining:
 _WITHOUT_LEARNING: dict[str, Any] = {
     **WITHOUT_FLUSH,
     "uplink.state": None,
+    "uplink.clients_hold_state": False,
     "uplink.adapt_every": 0,
     "uplink.error_feedback": False,
     "training.subspace": False,

@@ -124,7 +124,9 @@ class Workspace:
 
     @cached_property
     def codec_file(self) -> CodecFile | None:
-        """The pre-trained uplink codec, if the configuration names one. Clients do not have it.
+        """The pre-trained uplink codec, if the configuration names one.
+
+        Clients have it under `uplink.clients_hold_state` alone.
 
         Raises
         ------

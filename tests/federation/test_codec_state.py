@@ -52,9 +52,9 @@ def codec(learned: ModuleType) -> LearnedCodec:
 
 @pytest.fixture
 def make_server(spec: AdapterSpec, codec: LearnedCodec) -> MakeServer:
-    def make(derived: bool, stateless: bool = False) -> CodecBroadcaster:
+    def make(held: bool, stateless: bool = False) -> CodecBroadcaster:
         state = codec.initial_state(spec, SEED)
-        return CodecBroadcaster(spec, codec, state, derived=derived, stateless=stateless)
+        return CodecBroadcaster(spec, codec, state, held=held, stateless=stateless)
 
     return make
 
@@ -72,8 +72,8 @@ def learn(server: CodecBroadcaster, updates: list[AdapterUpdate], round_: int = 
 # ---- what is sent -------------------------------------------------------------------------------
 
 
-def test_a_derived_state_is_sent_to_nobody(make_server: MakeServer) -> None:
-    server = make_server(derived=True)
+def test_a_state_that_clients_have_by_themselves_is_sent_to_nobody(make_server: MakeServer) -> None:
+    server = make_server(held=True)
     for _ in range(2):
         broadcast = server.broadcast("a")
         assert (broadcast.kind, broadcast.version, broadcast.blob) == ("hold", 0, b"")
@@ -82,7 +82,7 @@ def test_a_derived_state_is_sent_to_nobody(make_server: MakeServer) -> None:
 def test_a_state_from_a_file_is_sent_whole_once_with_its_options(
     make_server: MakeServer, codec: LearnedCodec, spec: AdapterSpec
 ) -> None:
-    server, client = make_server(derived=False), Client(spec, codec.name)
+    server, client = make_server(held=False), Client(spec, codec.name)
     first, second = server.broadcast("a"), server.broadcast("a")
     assert [first.kind, second.kind, second.blob] == ["full", "hold", b""]
     assert first.blob == pack_whole(codec, server.state)
@@ -98,7 +98,7 @@ def test_what_is_learned_goes_as_an_increment_to_those_one_version_behind(
     spec: AdapterSpec,
     random_adapter: RandomAdapter,
 ) -> None:
-    server = make_server(derived=True)
+    server = make_server(held=True)
     near, away = Client(spec, learned.MEAN, start), Client(spec, learned.MEAN, start)
     for version in range(1, 4):
         learn(server, [random_adapter(version)], version)
@@ -111,10 +111,10 @@ def test_what_is_learned_goes_as_an_increment_to_those_one_version_behind(
     assert away.take(late).hash == near.kept[3].state.hash
 
 
-def test_a_forgotten_client_is_sent_the_whole_once_though_it_could_derive_it(
+def test_a_forgotten_client_is_sent_the_whole_once_though_it_should_have_it(
     make_server: MakeServer,
 ) -> None:
-    server = make_server(derived=True)
+    server = make_server(held=True)
     server.forget("a")
     assert [server.broadcast("a").kind for _ in range(2)] == ["full", "hold"]
 
@@ -122,7 +122,7 @@ def test_a_forgotten_client_is_sent_the_whole_once_though_it_could_derive_it(
 def test_stateless_clients_are_sent_the_whole_with_each_message(
     make_server: MakeServer, random_adapter: RandomAdapter
 ) -> None:
-    pretrained, cold = (make_server(derived=derived, stateless=True) for derived in (False, True))
+    pretrained, cold = (make_server(held=held, stateless=True) for held in (False, True))
     assert [pretrained.broadcast("a").kind for _ in range(2)] == ["full", "full"]
     assert [cold.broadcast("a").kind for _ in range(2)] == ["hold", "hold"]
     learn(cold, [random_adapter(1)])
@@ -132,7 +132,7 @@ def test_stateless_clients_are_sent_the_whole_with_each_message(
 def test_a_restored_server_sends_the_same(
     make_server: MakeServer, random_adapter: RandomAdapter
 ) -> None:
-    server, restored = make_server(derived=True), make_server(derived=True)
+    server, restored = make_server(held=True), make_server(held=True)
     learn(server, [random_adapter(1)])
     server.broadcast("a")
     learn(server, [random_adapter(2)], 2)
@@ -144,7 +144,7 @@ def test_a_restored_server_sends_the_same(
 def test_a_server_is_not_restored_to_a_state_of_other_options(
     make_server: MakeServer, spec: AdapterSpec, codec: LearnedCodec
 ) -> None:
-    server = make_server(derived=True)
+    server = make_server(held=True)
     snapshot = server.snapshot()
     other = CodecState.of({"table": snapshot.state.tensors["table"]})
     with pytest.raises(CodecStateError, match="'mean' is missing"):
@@ -158,7 +158,7 @@ def test_learning_nothing_makes_no_version(
     make_server: MakeServer, codec: LearnedCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(codec), "adapt", lambda self, state, updates, **kwargs: state)
-    server = make_server(derived=True)
+    server = make_server(held=True)
     before = server.state
     learn(server, [])
     assert server.state is before
@@ -185,7 +185,7 @@ def test_what_is_no_state_is_refused_and_the_old_one_stays(
         }[fault]
         return CodecState.of({**made.tensors, "mean": changed[0]}, changed[1])
 
-    server = make_server(derived=True)
+    server = make_server(held=True)
     before = server.state
     monkeypatch.setattr(type(codec), "adapt", wrong)
     with pytest.raises(CodecStateError):
@@ -242,7 +242,7 @@ def checked(content: bytes) -> bytes:
 def test_a_damaged_state_is_refused(
     make_server: MakeServer, learned: ModuleType, spec: AdapterSpec
 ) -> None:
-    whole, client = make_server(derived=False).broadcast("a"), Client(spec, learned.MEAN)
+    whole, client = make_server(held=False).broadcast("a"), Client(spec, learned.MEAN)
     for length in (0, 3, 8, 10, 40, len(whole.blob) - 1):
         assert "damaged" in refused(replace(whole, blob=whole.blob[:length]), client)
     for position in range(len(whole.blob)):
@@ -255,7 +255,7 @@ def test_a_damaged_state_is_refused(
 def test_a_state_too_long_to_be_right_is_refused_unread(
     make_server: MakeServer, learned: ModuleType, codec: LearnedCodec, spec: AdapterSpec
 ) -> None:
-    whole, client = make_server(derived=False).broadcast("a"), Client(spec, learned.MEAN)
+    whole, client = make_server(held=False).broadcast("a"), Client(spec, learned.MEAN)
     limit = codec.state_limit(spec)
     blob = checked(whole.blob[4:] + bytes(limit))
     assert f"at most {limit} here" in refused(replace(whole, blob=blob), client)
@@ -270,7 +270,7 @@ def test_a_state_too_long_to_be_right_is_refused_unread(
 def test_a_state_other_than_announced_is_refused(
     make_server: MakeServer, learned: ModuleType, spec: AdapterSpec, announced: dict[str, object]
 ) -> None:
-    whole = make_server(derived=False).broadcast("a")
+    whole = make_server(held=False).broadcast("a")
     message = refused(replace(whole, **announced), Client(spec, learned.MEAN))
     assert "which the server announced" in message
 
@@ -278,7 +278,7 @@ def test_a_state_other_than_announced_is_refused(
 def test_options_that_the_codec_does_not_take_are_refused(
     make_server: MakeServer, learned: ModuleType, spec: AdapterSpec
 ) -> None:
-    whole = make_server(derived=False).broadcast("a")
+    whole = make_server(held=False).broadcast("a")
     client, content = Client(spec, learned.MEAN), whole.blob[8:]
     assert content.startswith(b'{"levels":31}')
     for other in (b'{"levelz":31}', b'{"levels":"1"', b'["levels",31]'):
@@ -295,7 +295,7 @@ def test_a_client_that_does_not_hold_what_it_takes_asks_for_the_whole(
     spec: AdapterSpec,
     random_adapter: RandomAdapter,
 ) -> None:
-    server = make_server(derived=True)
+    server = make_server(held=True)
     held = server.broadcast("a")
     learn(server, [random_adapter(1)])
     increment = server.broadcast("a")

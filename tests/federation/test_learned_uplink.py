@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from cgfedllm.federation.codec_state import pack_whole
 from cgfedllm.federation.inprocess import InProcessGrid
 from cgfedllm.federation.messages import CODEC, CONFIG, SERVER_ROUND, codec_state_record
 from cgfedllm.federation.server_app import Server
+from cgfedllm.metrics import RoundRecord
 from cgfedllm.runs import RunFolder
 from cgfedllm.tgap.codec_file import CodecFile, load_codec_file, save_codec_file
 from cgfedllm.workspace import Workspace, workspace_for
@@ -71,6 +73,25 @@ def spec_of(config: Config) -> Any:
 
 def whole_size(file: CodecFile) -> int:
     return len(pack_whole(file.codec(), file.state))
+
+
+def serve_from_elsewhere(config: Config, **node: str) -> list[RoundRecord]:
+    """A run whose clients have a configuration with a path to nothing, as on other machines."""
+    far = config.with_overrides({"uplink.state": "/nowhere/codec.safetensors"})
+    with RunFolder.create(config) as folder:
+        contexts = {
+            number: Context(
+                run_id=1,
+                node_id=number,
+                node_config={"partition-id": number - 2, "num-partitions": 3, **node},
+                state=RecordDict(),
+                run_config={"config": far.to_toml(), "run-dir": str(config.run_dir)},
+            )
+            for number in (2, 3, 4)
+        }
+        grid = InProcessGrid(make_client_app(), contexts)
+        Server(grid, workspace_for(config.to_toml(), str(config.run_dir))).run()
+        return folder.records()
 
 
 def sent(result: Any) -> list[int]:
@@ -135,26 +156,65 @@ def test_a_pretrained_codec_is_sent_once_to_each_client_and_charged_apart(
 def test_clients_need_no_file_and_take_its_options(
     tiny_config: MakeConfig, from_file: tuple[str, ...], outcome: Outcome
 ) -> None:
-    """Theirs is a configuration with a path to nothing, as on other machines."""
     usual = cgfedllm.run(tiny_config(*from_file, "name=usual"))
     config = tiny_config(*from_file, "name=elsewhere")
-    far = config.with_overrides({"uplink.state": "/nowhere/codec.safetensors"})
-    with RunFolder.create(config) as folder:
-        contexts = {
-            node: Context(
-                run_id=1,
-                node_id=node,
-                node_config={"partition-id": node - 2, "num-partitions": 3},
-                state=RecordDict(),
-                run_config={"config": far.to_toml(), "run-dir": str(config.run_dir)},
-            )
-            for node in (2, 3, 4)
-        }
-        grid = InProcessGrid(make_client_app(), contexts)
-        Server(grid, workspace_for(config.to_toml(), str(config.run_dir))).run()
-        records = folder.records()
+    records = serve_from_elsewhere(config)
     assert not any(record.failures for record in records)
     assert outcome(config.run_dir) == outcome(usual.run_dir)
+
+
+# ---- clients that have the file -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stateless", ["false", "true"])
+def test_nothing_is_sent_to_clients_that_hold_the_state(
+    tiny_config: MakeConfig, from_file: tuple[str, ...], outcome: Outcome, stateless: str
+) -> None:
+    settings = (*from_file, f"federation.stateless={stateless}")
+    sent_whole = cgfedllm.run(tiny_config(*settings, "name=sent"))
+    held = cgfedllm.run(tiny_config(*settings, "uplink.clients_hold_state=true", "name=held"))
+    assert sent(held) == [0] * 4
+    assert not any(record.failures for record in held.records)
+    assert outcome(held.run_dir)["adapter"] == outcome(sent_whole.run_dir)["adapter"]
+
+
+def test_a_node_says_where_its_copy_is(
+    tiny_config: MakeConfig, from_file: tuple[str, ...], outcome: Outcome, tmp_path: Path
+) -> None:
+    usual = cgfedllm.run(tiny_config(*from_file, "name=usual"))
+    config = tiny_config(*from_file, "uplink.clients_hold_state=true", "name=copies")
+    copy = shutil.copy(tmp_path / "codec.safetensors", tmp_path / "copy.safetensors")
+    records = serve_from_elsewhere(config, codec=str(copy))
+    assert not any(record.codec_bytes or record.failures for record in records)
+    assert outcome(config.run_dir)["adapter"] == outcome(usual.run_dir)["adapter"]
+
+
+@pytest.mark.parametrize("holds", ["nothing", "another", "damaged"])
+def test_a_node_that_lacks_the_file_is_sent_the_state_all_the_same(
+    tiny_config: MakeConfig,
+    from_file: tuple[str, ...],
+    pretrained: CodecFile,
+    outcome: Outcome,
+    tmp_path: Path,
+    told: list[events.Event],
+    holds: str,
+) -> None:
+    usual = cgfedllm.run(tiny_config(*from_file, "name=usual"))
+    config = tiny_config(*from_file, "uplink.clients_hold_state=true", "name=lacking")
+    path = tmp_path / "held.safetensors"
+    if holds == "another":
+        spec, codec = spec_of(config), pretrained.codec()
+        save_codec_file(path, codec, codec.initial_state(spec, seed=5), spec, {})
+    elif holds == "damaged":
+        path.write_bytes((tmp_path / "codec.safetensors").read_bytes()[:-1])
+    records = serve_from_elsewhere(config, codec=str(path))
+    assert [record.codec_bytes for record in records] == [0, 3 * whole_size(pretrained), 0, 0]
+    assert not any(record.failures for record in records)
+    assert outcome(config.run_dir)["adapter"] == outcome(usual.run_dir)["adapter"]
+    warned = any(
+        "asked for the codec state" in e.text for e in told if isinstance(e, events.Notice)
+    )
+    assert warned == (holds != "another")
 
 
 def test_what_is_learned_is_sent_every_so_many_rounds_and_counted(
@@ -548,6 +608,11 @@ def test_only_a_codec_that_learns_has_a_state(tiny_config: MakeConfig, setting: 
         tiny_config("uplink.name=int8", setting)
 
 
+def test_what_clients_hold_is_a_file(tiny_config: MakeConfig, mean: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"clients_hold_state.*uplink\.state, which names none"):
+        tiny_config(*mean, "uplink.clients_hold_state=true")
+
+
 def test_it_is_for_the_uplink_alone(tiny_config: MakeConfig, learned: ModuleType) -> None:
     with pytest.raises(ConfigError, match=r"downlink\.name = 'test-mean' learns.*only uplink"):
         tiny_config(f"downlink.name={learned.MEAN}")
@@ -558,7 +623,8 @@ def test_it_is_for_the_uplink_alone(tiny_config: MakeConfig, learned: ModuleType
 def test_another_uplink_codec_leaves_the_state_behind(
     tiny_config: MakeConfig, from_file: tuple[str, ...], learned: ModuleType
 ) -> None:
-    config = tiny_config(*from_file, "uplink.adapt_every=3")
-    assert config.with_overrides(other_uplink("int8")).uplink.state is None
+    config = tiny_config(*from_file, "uplink.adapt_every=3", "uplink.clients_hold_state=true")
+    plain = config.with_overrides(other_uplink("int8")).uplink
+    assert (plain.state, plain.clients_hold_state) == (None, False)
     exact = config.with_overrides(other_uplink(learned.EXACT)).uplink
     assert (exact.state, exact.adapt_every) == (None, 0)

@@ -324,11 +324,23 @@ def _receive_codec(session: ClientSession, content: RecordDict) -> StatefulCodec
 
 
 def _held_codec(session: ClientSession, version: int) -> StatefulCodec | None:
-    """The codec with a version of its state that this client received, or can derive."""
-    held, workspace = session.state.codec(version), session.workspace
-    if held is None and version == 0 and workspace.config.uplink.state is None:
-        return StatefulCodec(workspace.uplink, workspace.codec_state)
-    return held
+    """The codec with a version of its state that this client received, or has by itself."""
+    held = session.state.codec(version)
+    return _own_codec(session.workspace, version) if held is None else held
+
+
+def _own_codec(workspace: Workspace, version: int) -> StatefulCodec | None:
+    """What a client makes from the run's seed, or has the codec file of."""
+    uplink = workspace.config.uplink
+    if uplink.state is not None and not uplink.clients_hold_state:
+        return None
+    try:
+        own = StatefulCodec(workspace.uplink, workspace.codec_state)
+    except CodecStateError as error:
+        text = f"{error}. The server is asked for the codec state instead"
+        events.publish(events.Notice(text, level="warning"))
+        return None
+    return own if own.state.version == version else None
 
 
 def _previous(session: ClientSession, config: ConfigRecord) -> AdapterUpdate | None:

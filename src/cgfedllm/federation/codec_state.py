@@ -5,9 +5,10 @@
     server  S_v --adapt(decoded updates of a round)--> S_{v+1}        (FAF; every so many rounds)
     client  full | increment | hold  -->  S_v, verified by its hash
 
-A state that both ends derive from the run's seed is sent to nobody. One from a codec file is sent
-whole, once to each client, with the options that it is for: clients do not have the file. A client
-that holds the version before is sent the increment, one that holds something else the whole state.
+A state that both ends derive from the run's seed is sent to nobody, nor is one from a codec file
+that clients have as they have the base model (`uplink.clients_hold_state`). Otherwise that of a
+codec file is sent whole, once to each client, with the options that it is for. A client that holds
+the version before is sent the increment, one that holds something else the whole state.
 States go with training messages alone; evaluation needs none.
 
 The paper (arXiv 2405.13746) does not say how clients come by a decoder that adapts, nor what that
@@ -54,7 +55,7 @@ class CodecBroadcast:
     ----------
     kind : str
         "full": options and the whole state; "increment": what the version before lacks; "hold":
-        nothing, the client is current or derives the state itself.
+        nothing, the client is current or has the state by itself.
     version : int
         Version the client holds afterwards.
     hash : bytes, length 8
@@ -99,10 +100,11 @@ class CodecBroadcaster:
         Of the uplink.
     state : CodecState
         Version 0.
-    derived : bool
-        Whether clients can make `state` themselves, from the seed they share.
+    held : bool
+        Whether clients have `state` before the first round: they make it from the seed they share,
+        or have the codec file.
     stateless : bool
-        Clients keep nothing: a state they cannot derive is sent whole with every message.
+        Clients keep nothing: a state they do not have by themselves is sent with every message.
     """
 
     def __init__(
@@ -111,13 +113,13 @@ class CodecBroadcaster:
         codec: LearnedCodec,
         state: CodecState,
         *,
-        derived: bool,
+        held: bool,
         stateless: bool = False,
     ) -> None:
         self.codec = codec
         self.state = state
         self._spec = spec
-        self._at_start = state.version if derived else _NOTHING
+        self._at_start = state.version if held else _NOTHING
         self._stateless = stateless
         self._held: dict[str, int] = {}
         self._increment: bytes | None = None

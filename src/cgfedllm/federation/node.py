@@ -5,6 +5,7 @@
     node_config (whoever runs the node says)       run_config (whoever starts the run says)
         data, name     rows of its own                 config    the experiment, as TOML
         model          its copy of the base model      run-dir   in-process engine only
+        codec          its copy of the codec file
         partition-id   or a share of common rows
         state-dir      where it remembers things
 """
@@ -22,7 +23,7 @@ from cgfedllm.data import ClientData
 from cgfedllm.errors import DataError, FederationError
 from cgfedllm.workspace import OwnData, Workspace, workspace_for
 
-_KEYS = ("data", "name", "model", "partition-id", "num-partitions", "state-dir")
+_KEYS = ("codec", "data", "name", "model", "partition-id", "num-partitions", "state-dir")
 _RUN_KEY = re.compile(r"[0-9a-f]{16}")
 
 
@@ -46,8 +47,12 @@ def node_workspace(context: Context) -> Workspace:
     text = str(context.run_config["config"])
     config = config_from_toml(text)
     own = _own_data(context, config.data.source)
-    if "model" in settings:
-        text = config.with_overrides({"model.id": str(settings["model"])}).to_toml()
+    copies = {"model.id": "model"}
+    if config.uplink.clients_hold_state:
+        copies["uplink.state"] = "codec"
+    theirs = {key: str(settings[name]) for key, name in copies.items() if name in settings}
+    if theirs:
+        text = config.with_overrides(theirs).to_toml()
     return workspace_for(text, str(context.run_config.get("run-dir", "")), own)
 
 

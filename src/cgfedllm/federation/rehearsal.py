@@ -131,7 +131,7 @@ class Rehearsal:
         broadcaster.advance(self._adapter, _ROUND - 1)
         states = None
         if isinstance(self._uplink, LearnedCodec):
-            states = CodecBroadcaster(spec, self._uplink, self._state, derived=True)
+            states = CodecBroadcaster(spec, self._uplink, self._state, held=True)
         return CompressedStrategy(
             make_strategy(federation, spec),
             spec=spec,
