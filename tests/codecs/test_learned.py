@@ -14,7 +14,7 @@ from cgfedllm.adapter import AdapterSpec, AdapterUpdate
 from cgfedllm.codecs import CodecContext, CodecState, Start, make_codec
 from cgfedllm.codecs.learned import Learned
 from cgfedllm.codecs.learned.axes import CLASSES, KNOWN_CLASSES, axes_of
-from cgfedllm.codecs.learned.directions import ENERGIES, WEIGHTS
+from cgfedllm.codecs.learned.directions import ENERGIES, WEIGHTS, orthonormal
 from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.learning import FitProgress, FitSettings
 from cgfedllm.codecs.packet import HEADER_SIZE
@@ -316,17 +316,22 @@ def test_packets_without_an_adapter_say_so() -> None:
     assert (found.vector == codec.decode(blob, context_of()).vector).all()
 
 
-@pytest.mark.parametrize("how", [3, 4])
-def test_axes_that_there_are_not_are_refused(how: int) -> None:
-    from cgfedllm.codecs.entropy import SymbolWriter
-    from cgfedllm.codecs.packet import Packet
-
-    codec, context = make_codec("learned"), context_of(begun())
-    writer = SymbolWriter()
-    writer.bits(how, 3)
-    packet = Packet.from_bytes(codec.encode(normal(0), context))
-    with pytest.raises(PacketError, match=f"no axes number {how}"):
-        codec.decode(replace(packet, payload=writer.finish()).to_bytes(), context)
+@EVERY_METRIC
+@pytest.mark.parametrize("bpp", [0.1, 1.0, 8.0])
+def test_a_change_along_known_directions_alone_needs_nothing_else(metric: Any, bpp: float) -> None:
+    """What a client trains along them (`training.subspace`), with what float32 rounds."""
+    context = context_of(begun(), trained())
+    start, inside = begun().adapter, normal(0)
+    for name, basis in orthonormal(SPEC, trained()).items():
+        view = inside.views()[name]
+        view[...] = view @ basis.T @ basis if "lora_A" in name else basis.T @ basis @ view
+    update = AdapterUpdate(SPEC, (start + inside.vector) - start)
+    beside = AdapterUpdate(SPEC, update.vector + normal(1, 1e-4).vector)
+    options = {"bpp": bpp, "metric": metric, "directions": 2}
+    found, other = (coded(own, context, **options) for own in (update, beside))
+    error = np.linalg.norm(found.vector - update.vector) / np.linalg.norm(update.vector)
+    assert error < np.linalg.norm(other.vector - beside.vector) / np.linalg.norm(beside.vector)
+    assert error < {0.1: 0.7, 1.0: 0.05, 8.0: 0.001}[bpp]
 
 
 # ---- the state ----------------------------------------------------------------------------------

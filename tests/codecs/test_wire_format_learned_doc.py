@@ -52,7 +52,11 @@ def decode(  # type: ignore[no-untyped-def]
     state: State | None,
 ):
     reader = Reader(payload)
-    axes, in_pieces, exponent = reader.bits(3)[0], reader.bits(1)[0], reader.bits(9)[0] - 160
+    axes = reader.bits(3)[0]
+    alone = axes in (3, 4)
+    axes -= 2 if alone else 0
+    in_pieces = not alone and reader.bits(1)[0]
+    exponent = reader.bits(9)[0] - 160
     kinds = list(dict.fromkeys(factors))
     places = {kind: [i for i, own in enumerate(factors) if own == kind] for kind in kinds}
     offsets = [0]
@@ -67,7 +71,7 @@ def decode(  # type: ignore[no-untyped-def]
         short = lowrank_short(reader, groups, modes)
     else:
         groups = [[[list(range(own.length))]] for own in found]
-        modes = row_modes(reader, kinds, found, axes)
+        modes = {} if alone else row_modes(reader, kinds, found, axes)
     scale_codes: dict[tuple[int, int, int], int] = {}
     if modes:
         low, span = reader.bits(7, 2)
@@ -596,6 +600,30 @@ def test_the_page_decodes_packets_of_several_layers(
         start.origin.tolist(),
         state_of(spec, context.state.tensors),
     )
+    assert struct.pack(f"<{spec.size}f", *found) == wanted.tobytes()
+    assert AdapterUpdate(spec, wanted).norm() > 0
+
+
+@pytest.mark.parametrize("metric", ["effect", "parameters"])
+def test_the_page_decodes_packets_of_nothing_but_known_directions(metric: str) -> None:
+    layers, spec = several_layers()
+    start = begun(spec)
+    assert start.origin is not None
+    codec = make_codec("learned", {"bpp": 1.5, "metric": metric, "directions": 8})
+    assert isinstance(codec, Learned)
+    state = CodecState.of(learn(spec, [large_update(spec, salt=at) for at in range(4)], 8))
+    bases = codec.directions(state, spec)
+    update = large_update(spec, salt=3)
+    for factor, view in zip(spec, update.views().values(), strict=True):
+        basis = bases[factor.name]
+        view[...] = view @ basis.T @ basis if factor.kind == "A" else basis.T @ basis @ view
+    context = CodecContext(spec, 1, start=start, state=state)
+    blob = codec.encode(update, context)
+    payload = blob[HEADER_SIZE:]
+    assert Reader(payload).bits(3)[0] == {"parameters": 3, "effect": 4}[metric]
+    wanted = codec.decode(blob, context).vector
+    held = state_of(spec, state.tensors)
+    found = decode(payload, layers, start.adapter.tolist(), start.origin.tolist(), held)
     assert struct.pack(f"<{spec.size}f", *found) == wanted.tobytes()
     assert AdapterUpdate(spec, wanted).norm() > 0
 

@@ -70,15 +70,26 @@ _kept: OrderedDict[tuple[bytes, ...], Axes] = OrderedDict()
 _lock = Lock()
 
 
-def axes_of(context: CodecContext, metric: Metric) -> Axes:
-    """The axes around the adapter of a context; without one, arrays as they are."""
+def axes_of(context: CodecContext, metric: Metric, *, alone: bool = False) -> Axes:
+    """The axes around the adapter of a context; without one, arrays as they are.
+
+    Parameters
+    ----------
+    context : CodecContext
+        Spec, state, and the adapter with the one that the run began with.
+    metric : str
+        What errors are weighted by.
+    alone : bool
+        For coefficients of the state's directions and nothing else: what only serves what is left
+        beside them is not looked for.
+    """
     start, state = context.start, context.state
     vectors = () if start is None else (start.adapter, start.origin)
     digests = [b"" if v is None else blake2b(v.tobytes(), digest_size=16).digest() for v in vectors]
-    key = context.spec.hash, state.hash, metric.encode(), *digests
+    key = context.spec.hash, state.hash, metric.encode(), bytes([alone]), *digests
     with _lock:
         if key not in _kept:
-            _kept[key] = _Finder(context, metric).axes()
+            _kept[key] = _Finder(context, metric, alone).axes()
             while len(_kept) > _KEPT:
                 _kept.popitem(last=False)
         _kept.move_to_end(key)
@@ -88,10 +99,11 @@ def axes_of(context: CodecContext, metric: Metric) -> Axes:
 class _Finder:
     """Finds the axes of every kind."""
 
-    def __init__(self, context: CodecContext, metric: Metric) -> None:
+    def __init__(self, context: CodecContext, metric: Metric, alone: bool) -> None:
         self._spec = context.spec
+        self._alone = alone
         self._start = None if context.start is None else context.start.adapter
-        self._origin = None if context.start is None else context.start.origin
+        self._origin = None if context.start is None or alone else context.start.origin
         self._metric = metric
         self._known: Mapping[str, Directions] = {}
         if context.state.tensors:
@@ -139,12 +151,12 @@ class _Finder:
             values, backward = eigenvectors(own_gram if is_b else other_gram)
             forward = transposed(backward)
         known = self._along(group, forward, values)
-        layers = None
-        if is_b:
+        layers = foretold = None
+        if is_b and not self._alone:
             rows = times(forward, own).swapaxes(0, 1)
             foretold, over = eigenvectors(np.stack([gram(row) for row in rows]))
             layers = over.astype(np.float32)
-        else:
+        elif not self._alone:
             # A is as it was drawn, for the most part: nothing that layers share
             foretold = values.T.copy()
             if known is not None:

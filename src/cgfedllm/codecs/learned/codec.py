@@ -27,6 +27,7 @@ from cgfedllm.codecs.learned.axes import Metric, axes_of
 from cgfedllm.codecs.learned.directions import (
     ENERGIES,
     WEIGHTS,
+    lies_along,
     missed,
     orthonormal,
     unknown,
@@ -44,7 +45,12 @@ from cgfedllm.codecs.learned.linear import (
 )
 from cgfedllm.codecs.learned.options import LearnedOptions
 from cgfedllm.codecs.learned.pieces import apart, are_possible, read_left, write_left
-from cgfedllm.codecs.learned.rows import read_rows, write_rows
+from cgfedllm.codecs.learned.rows import (
+    read_coefficients,
+    read_rows,
+    write_coefficients,
+    write_rows,
+)
 from cgfedllm.codecs.learning import (
     FitProgress,
     FitSettings,
@@ -68,11 +74,15 @@ from cgfedllm.codecs.parts.judging import Judged, judge
 from cgfedllm.codecs.rate import payload_bits
 from cgfedllm.errors import CodecStateError, PacketError
 
-# how the axes are found; with _GROWN, also from how the adapter has changed
+# how the axes are found: with _ALONE more, for coefficients of the state's directions alone; with
+# _GROWN more, also from how the adapter has changed
 _PLAIN, _PARAMETERS, _EFFECT = range(3)
-_GROWN = 4
+_ALONE, _GROWN = 2, 4
 _UNGROWN = _PLAIN, _PARAMETERS, _EFFECT
-_ALL_AXES = *_UNGROWN, _PARAMETERS | _GROWN, _EFFECT | _GROWN
+_ALONE_AXES = _PARAMETERS + _ALONE, _EFFECT + _ALONE
+_GROWN_AXES = _PARAMETERS + _GROWN, _EFFECT + _GROWN
+_ALL_AXES = *_UNGROWN, *_ALONE_AXES, *_GROWN_AXES
+_WEIGHED = _EFFECT, _EFFECT + _ALONE, _EFFECT + _GROWN
 _HOW_BITS = 3
 # of energies and weights: far beyond any that are learned, and no product of them overflows
 _BOUND = 40
@@ -202,13 +212,16 @@ class Learned(LearnedCodec, LinearCodec):
         if self.options.scale_exponent is not None:
             return self._encode_linear(update, context, self.options.scale_exponent)
         budget = payload_bits(context.spec, self.options.bpp)
-        how = self._how(context)
-        axes = _axes(context, how)
-        in_pieces = budget >= self.pieces_from * context.spec.size and are_possible(axes)
-        axes = apart(axes) if in_pieces else axes
         # first, so that sums stay finite
         scale = exponent_of(update.vector)
-        rows, coefficients = axes.into(np.ldexp(update.vector, -scale))
+        vector = np.ldexp(update.vector, -scale)
+        how = self._how_for(vector, context)
+        axes = _axes(context, how)
+        alone = how in _ALONE_AXES
+        in_pieces = budget >= self.pieces_from * context.spec.size and are_possible(axes)
+        axes = apart(axes) if in_pieces and not alone else axes
+        rows, coefficients = axes.into(vector)
+        rows = [] if alone else rows
         if budget < 8 or not any(own.any() for own in [*rows, coefficients]):
             return b""
         exponent = max(scale + exponent_of(*rows, coefficients), LOWEST_EXPONENT)
@@ -217,11 +230,15 @@ class Learned(LearnedCodec, LinearCodec):
         loose = [coefficients[axes.loose == which] for which in np.unique(axes.loose)]
         writer = SymbolWriter()
         writer.bits(how, _HOW_BITS)
-        writer.bits(int(in_pieces), 1)
-        write_exponent(writer, exponent)
-        write = write_left if in_pieces else write_rows
-        before = _HOW_BITS + 1 + EXPONENT_BITS
-        sent = write(writer, axes, rows, loose, budget, before, _DEAD_ZONES)
+        if alone:
+            write_exponent(writer, exponent)
+            sent = write_coefficients(writer, loose, budget, _DEAD_ZONES)
+        else:
+            writer.bits(int(in_pieces), 1)
+            write_exponent(writer, exponent)
+            write = write_left if in_pieces else write_rows
+            before = _HOW_BITS + 1 + EXPONENT_BITS
+            sent = write(writer, axes, rows, loose, budget, before, _DEAD_ZONES)
         return writer.finish() if sent else b""
 
     def _decode(self, payload: bytes, context: CodecContext) -> Float32Array:
@@ -235,15 +252,20 @@ class Learned(LearnedCodec, LinearCodec):
                 "here; set it on both ends or on none"
             )
         reader = SymbolReader(payload)
-        axes = _agreed_axes(context, int(reader.bits(_HOW_BITS, 1)[0]), _ALL_AXES)
-        in_pieces = bool(reader.bits(1, 1)[0])
+        how = int(reader.bits(_HOW_BITS, 1)[0])
+        axes = _agreed_axes(context, how, _ALL_AXES)
+        alone = how in _ALONE_AXES
+        in_pieces = not alone and bool(reader.bits(1, 1)[0])
         if in_pieces and not are_possible(axes):
             raise PacketError("learned: pieces of factors that are too high for them")
         axes = apart(axes) if in_pieces else axes
         exponent = read_exponent(reader)
         present, counts = np.unique(axes.loose, return_counts=True)
-        read = read_left if in_pieces else read_rows
-        rows, loose = read(reader, axes, counts.tolist())
+        if alone:
+            rows, loose = axes.no_rows(), read_coefficients(reader, counts.tolist())
+        else:
+            read = read_left if in_pieces else read_rows
+            rows, loose = read(reader, axes, counts.tolist())
         reader.finish()
         coefficients = np.zeros(len(axes.loose), np.float32)
         for which, own in zip(present, loose, strict=True):
@@ -254,7 +276,7 @@ class Learned(LearnedCodec, LinearCodec):
         count = self.numbers(context.spec)
         if not count:
             return b""
-        axes = _axes(context, self._how(context))
+        axes = _axes(context, self._how(context), alone=True)
         scale = exponent_of(update.vector)
         _, coefficients = axes.into(np.ldexp(update.vector, -scale))
         levels = rounded(gathered(axes, coefficients, count), scale - step, self._top)
@@ -264,7 +286,7 @@ class Learned(LearnedCodec, LinearCodec):
         levels, exponent = self._integers(payload, context)
         if not levels.size:
             return np.zeros(context.spec.size, np.float32)
-        axes = _agreed_axes(context, unmarked(payload)[0], _UNGROWN)
+        axes = _agreed_axes(context, unmarked(payload)[0], _UNGROWN, alone=True)
         coefficients, scale = scattered(axes, levels)
         return scaled_back(axes.back(axes.no_rows(), coefficients), exponent + scale)
 
@@ -276,6 +298,17 @@ class Learned(LearnedCodec, LinearCodec):
         needed = payload or self.numbers(context.spec)
         return super()._integers(unmarked(payload)[1] if needed else b"", context)
 
+    def _how_for(self, vector: Float32Array, context: CodecContext) -> int:
+        """As `_how`, and whether coefficients of the state's directions are all there is."""
+        spec, state, how = context.spec, context.state, self._how(context)
+        # of the most bits, some are for what float32 has rounded
+        most = payload_bits(spec, self.options.bpp) >= self.alike_from * spec.size
+        if how == _PLAIN or not state.tensors or most:
+            return how
+        if not lies_along(vector, spec, orthonormal(spec, state)):
+            return how
+        return (_EFFECT if how in _WEIGHED else _PARAMETERS) + _ALONE
+
     def _how(self, context: CodecContext) -> int:
         """How the axes of a client's update are found."""
         if context.start is None:
@@ -284,7 +317,7 @@ class Learned(LearnedCodec, LinearCodec):
         weighs = self.options.metric == "effect" and (self._linear or not alike)
         how = _EFFECT if weighs else _PARAMETERS
         if self.options.grown and context.start.origin is not None and not self._linear:
-            how |= _GROWN
+            how += _GROWN
         return how
 
 
@@ -296,20 +329,24 @@ def _spread(updates: Updates) -> Iterator[Judged]:
         yield updates[index], updates.start(index)
 
 
-def _agreed_axes(context: CodecContext, how: int, among: tuple[int, ...]) -> Axes:
+def _agreed_axes(
+    context: CodecContext, how: int, among: tuple[int, ...], *, alone: bool = False
+) -> Axes:
     """The axes that a packet asks for."""
     if how not in among:
         raise PacketError(f"learned: there are no axes number {how}")
     if how != _PLAIN and context.start is None:
         raise PacketError("learned: the packet needs the adapter it changes, which is not held")
-    if how & _GROWN and (context.start is None or context.start.origin is None):
+    if how in _GROWN_AXES and (context.start is None or context.start.origin is None):
         raise PacketError("learned: the packet needs what the run began with, which is not held")
-    return _axes(context, how)
+    return _axes(context, how, alone=alone)
 
 
-def _axes(context: CodecContext, how: int) -> Axes:
+def _axes(context: CodecContext, how: int, *, alone: bool = False) -> Axes:
+    """The axes of a number; with `alone`, as those that serve coefficients only."""
     start = None if how == _PLAIN else context.start
-    if start is not None and not how & _GROWN:
+    if start is not None and how not in _GROWN_AXES:
         start = replace(start, origin=None)
-    metric: Metric = "effect" if how & _EFFECT else "parameters"
-    return axes_of(replace(context, start=start), metric)
+    metric: Metric = "effect" if how in _WEIGHED else "parameters"
+    alone = alone or how in _ALONE_AXES
+    return axes_of(replace(context, start=start), metric, alone=alone)

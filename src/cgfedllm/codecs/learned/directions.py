@@ -29,10 +29,12 @@ from cgfedllm.adapter import AdapterSpec, Factor, Float32Array
 from cgfedllm.codecs.base import CodecState
 from cgfedllm.codecs.entropy import Float64Array
 from cgfedllm.codecs.parts.exact import gram, whole_products
-from cgfedllm.codecs.parts.rows import row_count
+from cgfedllm.codecs.parts.rows import row_count, to_rows
 
 ENERGIES = "energies"
 WEIGHTS = "weights"
+# of the energy: what float32 leaves of a small change of a large adapter
+_ROUNDINGS = 2.0**-12
 # those of the last state; clients of a process share one
 _bases: dict[bytes, dict[str, Float32Array]] = {}
 _lock = Lock()
@@ -120,6 +122,30 @@ def read_directions(
         energies, weights = (tensors[key][k].astype(np.float64) for key in (ENERGIES, WEIGHTS))
         found[factor.name] = Directions(tensors[factor.name], energies, weights)
     return found
+
+
+def lies_along(
+    vector: Float32Array, spec: AdapterSpec, directions: Mapping[str, Float32Array]
+) -> bool:
+    """Whether a vector has nothing beside orthonormal directions, but for roundings.
+
+    Parameters
+    ----------
+    vector : ndarray, shape (spec.size,), float32
+        No larger than 1, or sums overflow.
+    directions : mapping
+        As `orthonormal` gives them.
+    """
+    allowed = _ROUNDINGS * float(np.square(vector).sum(dtype=np.float64))
+    for factor in spec:
+        rows = to_rows(vector[spec.slices[factor.name]], factor)
+        if factor.name in directions:
+            own = directions[factor.name]
+            rows = np.asarray(rows - (rows @ own.T) @ own, np.float32)
+        allowed -= float(np.square(rows).sum(dtype=np.float64))
+        if allowed < 0:
+            return False
+    return True
 
 
 def orthonormal(spec: AdapterSpec, state: CodecState) -> dict[str, Float32Array]:

@@ -26,6 +26,7 @@ _SCALE_BITS = 3.2
 _TRIES = 8
 # dead-zone quantised rows take what is left of the budget; so much over it they still can
 _ABSORBED = 0.05
+_NO_MODES = [np.zeros(0, np.int64)]
 
 
 def write_rows(
@@ -69,6 +70,23 @@ def read_rows(
     for full, mode, own in zip(rows, modes, sent, strict=True):
         full[mode > 0] = own
     return rows, values
+
+
+def write_coefficients(
+    writer: SymbolWriter,
+    loose: Sequence[Float32Array],
+    budget: float,
+    dead_zones: Sequence[float],
+) -> bool:
+    """Write loose values and no row at all; as `write_rows`."""
+    return write_vectors(
+        writer, [np.zeros((0, 1), np.float32)], _NO_MODES, budget, loose, dead_zones
+    )
+
+
+def read_coefficients(reader: SymbolReader, loose: Sequence[int]) -> list[Float32Array]:
+    """Inverse of `write_coefficients`."""
+    return read_vectors(reader, _NO_MODES, [1], loose)[1]
 
 
 def _settle(
