@@ -27,7 +27,7 @@ from cgfedllm.training.optim import (
     restore_state,
     save_state,
 )
-from cgfedllm.training.subspace import SubspaceOptimizer
+from cgfedllm.training.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,10 @@ class LocalTrainer:
         model.set_adapter(start)
         parameters = model.trainable_parameters()
         anchors = [p.detach().clone() for p in parameters] if proximal_mu else None
-        optimizer: torch.optim.Optimizer | SubspaceOptimizer
-        if directions:
-            optimizer = SubspaceOptimizer(config, model.spec, parameters, directions)
-        else:
-            optimizer = make_optimizer(config, parameters)
+        subspace = Subspace(model.spec, parameters, directions or {})
+        optimizer = make_optimizer(config, parameters)
         optimizer.zero_grad(set_to_none=True)  # a client that failed may have left its gradient
-        if optimizer_state is not None and isinstance(optimizer, torch.optim.Optimizer):
+        if optimizer_state is not None:
             restore_state(optimizer, model.spec, config.optimizer, optimizer_state)
 
         amount = {
@@ -160,7 +157,7 @@ class LocalTrainer:
                 progress = round - 1 + (step - 0.5) / total
                 rate = learning_rate(config, progress, self._rounds)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("scale", 1.0)
+                    group["lr"] = rate
                 rows = [examples[i] for i in picked]
                 loss, n_labels, n_tokens = self._backward(rows)
                 if not math.isfinite(loss):
@@ -174,7 +171,9 @@ class LocalTrainer:
                         parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
                 if config.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                subspace.project_gradients()
                 optimizer.step()
+                subspace.project_changes()
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += loss
                 label_tokens += n_labels
@@ -198,7 +197,7 @@ class LocalTrainer:
             seconds=time.perf_counter() - began,
             optimizer_state=(
                 save_state(optimizer, model.spec, config.optimizer)
-                if config.keep_optimizer and isinstance(optimizer, torch.optim.Optimizer)
+                if config.keep_optimizer
                 else None
             ),
         )

@@ -2,41 +2,37 @@ r"""Training along some directions only: those that a codec knows.
 
 ::
 
-    A = A_0 + C V      B = B_0 + V' C      V: directions of the long axis (d x n), C trained
+    gradient --along V--> optimiser --a step--> A_0 + (A - A_0) V' V      V: directions (d x n)
 
-Whatever is trained so, a codec that knows V has nothing else to send. The local optimiser sees C
-and its gradient; C begins at zero in every round.
+Whatever is trained so, a codec that knows V has nothing else to send. Rows of A, and columns of B,
+keep to the directions: gradients are projected before the optimiser sees them, and what has changed
+in the round after every step.
 
-An optimiser that divides by the size of the gradient moves every entry by about its learning
-rate, so n entries together by sqrt(n) times as much. In C the rate is sqrt(n) / 2 times the
-configured one: about half as far along each direction, and nowhere else. Gradients are clipped
-before, as they are of all parameters.
+The optimiser is that of all parameters, at the rate of all parameters. One of coefficients along V
+would be another method: Adam moves every coefficient alike, and so goes as far along directions in
+which inputs are huge, and along those that are nearly all noise, as along any other. With that,
+runs stray at server rates that this one takes (docs/lab-notes.md).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from cgfedllm.adapter import AdapterSpec, Float32Array
-from cgfedllm.config import TrainingConfig
-from cgfedllm.training.optim import make_optimizer
 
 
-class SubspaceOptimizer:
-    """A local optimiser of coefficients, with the face of one of parameters.
+class Subspace:
+    """Keeps what is trained to the directions.
 
     Parameters
     ----------
-    config : TrainingConfig
-        The optimiser; without weight decay.
     spec : AdapterSpec
         What is trained.
     parameters : sequence of Parameter
-        Its factors, in order.
+        Its factors, in order, as the round begins.
     directions : mapping
         Orthonormal directions of the long axis, shape (d, n), of factors by name; a factor that is
         not in it is trained along all.
@@ -44,70 +40,45 @@ class SubspaceOptimizer:
 
     def __init__(
         self,
-        config: TrainingConfig,
         spec: AdapterSpec,
         parameters: Sequence[torch.nn.Parameter],
         directions: Mapping[str, Float32Array],
     ) -> None:
-        self._along: list[_Along] = []
-        groups: list[dict[str, Any]] = []
-        for factor, parameter in zip(spec, parameters, strict=True):
-            if factor.name not in directions:
-                groups.append({"params": [parameter]})
-                continue
-            own = _Along(parameter, directions[factor.name], is_b=factor.kind == "B")
-            self._along.append(own)
-            scale = math.sqrt(own.length) / 2 if config.optimizer == "adamw" else 1.0
-            groups.append({"params": [own.coefficients], "scale": scale})
-        self._inner = make_optimizer(config, groups)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Groups with a rate each; "scale" is what the configured one is multiplied with."""
-        return self._inner.param_groups
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
-        for own in self._along:
-            own.parameter.grad = None
-        self._inner.zero_grad(set_to_none=set_to_none)
+        self._bound = [
+            _Bound(
+                parameter,
+                parameter.detach().clone(),
+                torch.from_numpy(directions[factor.name]).to(parameter),
+                factor.kind == "B",
+            )
+            for factor, parameter in zip(spec, parameters, strict=True)
+            if factor.name in directions
+        ]
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One step along the directions."""
-        for own in self._along:
-            own.read_gradient()
-        self._inner.step()
-        for own in self._along:
-            own.write_values()
+    def project_gradients(self) -> None:
+        """Leave of the gradients what lies along the directions."""
+        for own in self._bound:
+            if own.parameter.grad is not None:
+                own.parameter.grad.copy_(own.projected(own.parameter.grad))
+
+    @torch.no_grad()
+    def project_changes(self) -> None:
+        """The same of how parameters have changed since the round began."""
+        for own in self._bound:
+            own.parameter.copy_(own.start + own.projected(own.parameter - own.start))
 
 
-class _Along:
-    """A factor and its coefficients."""
+@dataclass(frozen=True)
+class _Bound:
+    """A factor that keeps to directions, and where it began."""
 
-    def __init__(
-        self, parameter: torch.nn.Parameter, directions: Float32Array, *, is_b: bool
-    ) -> None:
-        self.parameter = parameter
-        self._start = parameter.detach().clone()
-        self._directions = torch.from_numpy(directions).to(parameter)
-        self._is_b = is_b
-        count, self.length = directions.shape
-        rank = parameter.shape[1] if is_b else parameter.shape[0]
-        self.coefficients = parameter.new_zeros((count, rank) if is_b else (rank, count))
+    parameter: torch.nn.Parameter
+    start: torch.Tensor
+    directions: torch.Tensor
+    is_b: bool
 
-    def read_gradient(self) -> None:
-        gradient = self.parameter.grad
-        if gradient is None:
-            self.coefficients.grad = None
-        elif self._is_b:
-            self.coefficients.grad = self._directions @ gradient
-        else:
-            self.coefficients.grad = gradient @ self._directions.T
-
-    def write_values(self) -> None:
-        if self._is_b:
-            change = self._directions.T @ self.coefficients
-        else:
-            change = self.coefficients @ self._directions
-        self.parameter.copy_(self._start + change)
+    def projected(self, values: torch.Tensor) -> torch.Tensor:
+        if self.is_b:
+            return self.directions.T @ (self.directions @ values)
+        return (values @ self.directions.T) @ self.directions
