@@ -223,7 +223,7 @@ class TrainingConfig(Section):
     """Keep each client's optimiser state between rounds (default: fresh every round)."""
     subspace: bool = False
     """Train along the directions only that the uplink codec's state knows (codec `learned`): what
-    changes is then what it codes best (see docs/learned-codec.md)."""
+    changes is then what it codes best. lr is scaled for each (see docs/learned-codec.md)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -241,6 +241,12 @@ class TrainingConfig(Section):
                 f"micro_batch_size ({self.micro_batch_size}) must divide "
                 f"batch_size ({self.batch_size})"
             )
+        for key in ("keep_optimizer", "weight_decay"):
+            if self.subspace and getattr(self, key):
+                raise ValueError(
+                    f"subspace trains coefficients that begin at zero in every round, so {key} "
+                    "means nothing there; leave it out, or set subspace = false"
+                )
         return self
 
 

@@ -27,7 +27,7 @@ from cgfedllm.training.optim import (
     restore_state,
     save_state,
 )
-from cgfedllm.training.subspace import Subspace
+from cgfedllm.training.subspace import SubspaceOptimizer
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,13 @@ class LocalTrainer:
         model.set_adapter(start)
         parameters = model.trainable_parameters()
         anchors = [p.detach().clone() for p in parameters] if proximal_mu else None
-        subspace = Subspace(model.spec, parameters, directions or {})
-        optimizer = make_optimizer(config, parameters)
+        optimizer: torch.optim.Optimizer | SubspaceOptimizer
+        if directions:
+            optimizer = SubspaceOptimizer(config, model.spec, parameters, directions)
+        else:
+            optimizer = make_optimizer(config, parameters)
         optimizer.zero_grad(set_to_none=True)  # a client that failed may have left its gradient
-        if optimizer_state is not None:
+        if optimizer_state is not None and isinstance(optimizer, torch.optim.Optimizer):
             restore_state(optimizer, model.spec, config.optimizer, optimizer_state)
 
         amount = {
@@ -171,9 +174,7 @@ class LocalTrainer:
                         parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
                 if config.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                subspace.project_gradients()
                 optimizer.step()
-                subspace.project_changes()
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += loss
                 label_tokens += n_labels
@@ -197,7 +198,7 @@ class LocalTrainer:
             seconds=time.perf_counter() - began,
             optimizer_state=(
                 save_state(optimizer, model.spec, config.optimizer)
-                if config.keep_optimizer
+                if config.keep_optimizer and isinstance(optimizer, torch.optim.Optimizer)
                 else None
             ),
         )
