@@ -44,6 +44,7 @@ def _speed(results: list[dict[str, Any]]) -> str:
     rows = [
         [
             f"{row['model']}, {row['parameters'] / 1e6:.3g} M",
+            row["trained"],
             f"{row['bpp']:g}",
             *(f"{row[f'{key}_ms']['median']:.0f} ms" for key in ("axes", "encode", "decode")),
             f"{row['encode_peak']:.1f}x / {row['decode_peak']:.1f}x",
@@ -51,7 +52,7 @@ def _speed(results: list[dict[str, Any]]) -> str:
         ]
         for row in results
     ]
-    heads = ["bpp", "axes, once a round", "encode", "decode", "memory", "state"]
+    heads = ["trained", "bpp", "axes, once a round", "encode", "decode", "memory", "state"]
     return table_of(heads, rows, first="adapter")
 
 

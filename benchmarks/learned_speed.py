@@ -5,7 +5,8 @@
 Updates are synthetic, one strong direction a factor and noise, as in `codec_speed.py`; the state is
 learned from four of them and the adapter is their sum. Times are of one thread, medians, the first
 run discarded. Axes are found once a round, by whoever codes in it first; encoding and decoding are
-timed with axes at hand, and a client's round is the sum of finding and encoding.
+timed with axes at hand, and a client's round is the sum of finding and encoding. "inside" is an
+update along known directions alone, as `training.subspace` leaves them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cgfedllm.codecs import CodecContext, CodecState
 from cgfedllm.codecs.base import Start
 from cgfedllm.codecs.learned.axes import axes_of
 from cgfedllm.codecs.learned.codec import Learned
+from cgfedllm.codecs.learned.directions import lies_along, orthonormal
 from cgfedllm.codecs.learned.fitting import learn
 from cgfedllm.codecs.learned.options import LearnedOptions
 
@@ -52,10 +54,13 @@ def main() -> None:
             "state_bytes_in_memory": sum(array.nbytes for array in state.tensors.values()),
         }
         starts = starts_of(spec, seen)
-        for bpp in RATES:
-            row = {**head, "bpp": bpp, **measure(bpp, spec, state, starts, options.runs)}
-            results.append(row)
-            print(line(row), flush=True)
+        whole = synthetic_update(spec)
+        for where, update in {"everywhere": whole, "inside": projected(whole, state)}.items():
+            for bpp in RATES:
+                row = {**head, "trained": where, "bpp": bpp}
+                row |= measure(bpp, update, state, starts, options.runs)
+                results.append(row)
+                print(line(row), flush=True)
     content = {"what": __doc__.split("\n")[0], "results": results}
     print(write_result("learned/speed", content))
 
@@ -69,16 +74,28 @@ def starts_of(spec: AdapterSpec, seen: list[AdapterUpdate]) -> list[Start]:
     return [Start(grown * np.float32(scale), origin.vector) for scale in (1.0, 1.5, 2.0)]
 
 
+def projected(update: AdapterUpdate, state: CodecState) -> AdapterUpdate:
+    """What of an update lies along the state's directions."""
+    inside = AdapterUpdate(update.spec, update.vector.copy())
+    views = inside.views()
+    for name, basis in orthonormal(update.spec, state).items():
+        view = views[name]
+        is_a = ".lora_A." in name
+        view[...] = view @ basis.T @ basis if is_a else basis.T @ (basis @ view)
+    return inside
+
+
 def measure(
-    bpp: float, spec: AdapterSpec, state: CodecState, starts: list[Start], runs: int
+    bpp: float, update: AdapterUpdate, state: CodecState, starts: list[Start], runs: int
 ) -> dict[str, Any]:
-    codec, update = Learned(LearnedOptions(bpp=bpp)), synthetic_update(spec)
+    codec, spec = Learned(LearnedOptions(bpp=bpp)), update.spec
+    alone = lies_along(update.vector, spec, orthonormal(spec, state))
     contexts = [CodecContext(spec, round=3, state=state, start=start) for start in starts]
     metric = codec.options.metric
 
     def find() -> None:
         for each in contexts:
-            axes_of(each, metric)
+            axes_of(each, metric, alone=alone)
 
     _, rounds = timed(find, runs)
     context = contexts[0]
@@ -99,7 +116,7 @@ def line(row: dict[str, Any]) -> str:
         f"{key} {row[f'{key}_ms']['median']:.0f} ms" for key in ("axes", "encode", "decode")
     )
     state = f"state {row['state_bytes'] / 2**20:.1f} MiB"
-    return f"{row['model']:<20} {row['bpp']:<7g} {times}, {state}"
+    return f"{row['model']:<20} {row['trained']:<10} {row['bpp']:<7g} {times}, {state}"
 
 
 if __name__ == "__main__":
