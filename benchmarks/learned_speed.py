@@ -80,8 +80,7 @@ def projected(update: AdapterUpdate, state: CodecState) -> AdapterUpdate:
     views = inside.views()
     for name, basis in orthonormal(update.spec, state).items():
         view = views[name]
-        is_a = ".lora_A." in name
-        view[...] = view @ basis.T @ basis if is_a else basis.T @ (basis @ view)
+        view[...] = view @ basis.T @ basis if ".lora_A." in name else basis.T @ (basis @ view)
     return inside
 
 

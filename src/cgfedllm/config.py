@@ -436,6 +436,11 @@ class UplinkConfig(CodecConfig):
     flush_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     """The flush codec's own options."""
 
+    @property
+    def state_is_at_clients(self) -> bool:
+        """Whether clients have the state before round 1: from the run's seed, or the file."""
+        return self.state is None or self.clients_hold_state
+
     @field_validator("flush")
     @classmethod
     def _flush_registered(cls, name: str) -> str:

@@ -446,8 +446,8 @@ def _codec_state(
     cost: Mapping[str, Any],
 ) -> CodecStatePlan:
     """Play through what `federation.codec_state` sends, the whole state being so long."""
-    uplink, every = config.uplink, config.uplink.adapt_every
-    at_start = 0 if uplink.state is None or uplink.clients_hold_state else -1
+    every = config.uplink.adapt_every
+    at_start = 0 if config.uplink.state_is_at_clients else -1
     held: dict[int, int] = {}
     sent = 0
     for done, clients in enumerate(trained_in):

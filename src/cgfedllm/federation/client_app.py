@@ -331,8 +331,7 @@ def _held_codec(session: ClientSession, version: int) -> StatefulCodec | None:
 
 def _own_codec(workspace: Workspace, version: int) -> StatefulCodec | None:
     """What a client makes from the run's seed, or has the codec file of."""
-    uplink = workspace.config.uplink
-    if uplink.state is not None and not uplink.clients_hold_state:
+    if not workspace.config.uplink.state_is_at_clients:
         return None
     try:
         own = StatefulCodec(workspace.uplink, workspace.codec_state)

@@ -522,6 +522,6 @@ def _codec_broadcaster(workspace: Workspace) -> CodecBroadcaster | None:
         workspace.spec,
         codec,
         workspace.codec_state,
-        held=config.uplink.state is None or config.uplink.clients_hold_state,
+        held=config.uplink.state_is_at_clients,
         stateless=config.federation.stateless,
     )
