@@ -221,9 +221,10 @@ class TrainingConfig(Section):
     """Clip the gradient of each step to this norm; 0: off."""
     keep_optimizer: bool = False
     """Keep each client's optimiser state between rounds (default: fresh every round)."""
-    subspace: bool = False
-    """Train along the directions only that the uplink codec's state knows (codec `learned`): what
-    changes is then what it codes best. lr is scaled for each (see docs/learned-codec.md)."""
+    subspace: Literal[False, "A", "AB"] = False
+    """Train these factors (A, or both) only along the directions that the uplink codec's state
+    knows (codec `learned`): what changes is then what it codes best. lr is scaled for each (see
+    docs/learned-codec.md)."""
 
     @model_validator(mode="before")
     @classmethod

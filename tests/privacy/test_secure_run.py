@@ -468,7 +468,7 @@ def pretrained(tiny_config: MakeConfig, tmp_path: Path) -> tuple[str, ...]:
     save_codec_file(path, codec, CodecState.of(learn(spec, updates, DIRECTIONS)), spec, {})
     return (
         "uplink.name=learned", "uplink.options={scale_exponent=-12}", f'uplink.state="{path}"',
-        "training.subspace=true", "federation.rounds=3",
+        "training.subspace=AB", "federation.rounds=3",
     )  # fmt: skip
 
 

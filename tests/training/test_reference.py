@@ -71,7 +71,7 @@ def test_if_only_a_share_of_the_clients_trains_it_takes_their_steps_only(run):
 
 def test_it_trains_everywhere_whatever_clients_of_the_federation_do(run, tmp_path):
     # the codec file is not looked at: there is no uplink
-    along = ("uplink.name=learned", f'uplink.state="{tmp_path}/no"', "training.subspace=true")
+    along = ("uplink.name=learned", f'uplink.state="{tmp_path}/no"', "training.subspace=A")
     assert len(run(train_centralised, *along).steps) == 3 * len(CLIENTS) * 2
 
 

@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from cgfedllm import __version__, events
-from cgfedllm.adapter import AdapterSpec, AdapterUpdate, Float32Array
+from cgfedllm.adapter import AdapterUpdate, Float32Array
 from cgfedllm.codecs import CodecContext, CodecState, Start, codec_class, make_codec
 from cgfedllm.codecs.feedback import Encoded, encode_with_feedback
 from cgfedllm.codecs.learning import LearnedCodec
@@ -154,7 +154,7 @@ def compression(message: Message, context: Context, call_next: ClientFunction) -
     config = message.content.config_records[CONFIG]
     message.content = RecordDict({ARRAYS: adapter_record(adapter), CONFIG: config})
     if codec is not None and session.workspace.config.training.subspace:
-        context.state[_DIRECTIONS] = _directions(codec, session.workspace.spec)
+        context.state[_DIRECTIONS] = _directions(codec, session.workspace)
     try:
         reply = call_next(message, context)
     finally:
@@ -452,16 +452,18 @@ def _send(
             metrics.pop(key, None)
 
 
-def _directions(codec: StatefulCodec, spec: AdapterSpec) -> ArrayRecord:
+def _directions(codec: StatefulCodec, workspace: Workspace) -> ArrayRecord:
     """Along which to train, by factor."""
     assert isinstance(codec.codec, LearnedCodec)
-    found = codec.codec.directions(codec.state, spec)
-    if not found:
+    known = codec.codec.directions(codec.state, workspace.spec)
+    kinds = workspace.config.training.subspace or ""
+    along = [f.name for f in workspace.spec if f.kind in kinds and f.name in known]
+    if not along:
         raise CodecStateError(
-            f"training.subspace is on, and the state of codec {codec.codec.name!r} knows no "
+            f"training.subspace = {kinds!r}, and the state of codec {codec.codec.name!r} knows no "
             "directions to train along; use `learned`, pre-trained, or set it to false"
         )
-    return ArrayRecord({name: Array(vectors) for name, vectors in found.items()})
+    return ArrayRecord({name: Array(known[name]) for name in along})
 
 
 def _arrays(record: ArrayRecord) -> dict[str, Float32Array]:

@@ -265,17 +265,20 @@ def _use(file: CodecFile, name: str) -> str:
         # another seed would draw another D1, and d2 would hold rows the codec comes from
         split = {"part": "d2", "d1_share": data[0]["d1_share"], "seed": data[0]["split_seed"]}
         tree = {"data": split, **tree}
-    if _knows_directions(file):
-        tree["training"] = {"subspace": True}
+    if _knows_directions_of_a(file):
+        tree["training"] = {"subspace": "A"}
     return f"```toml\n{tomli_w.dumps(tree)}```"
 
 
-def _knows_directions(file: CodecFile) -> bool:
+def _knows_directions_of_a(file: CodecFile) -> bool:
     try:
         codec = file.codec()
     except CodecStateError:  # of a codec that is not known here
         return False
-    return isinstance(codec, LearnedCodec) and bool(codec.directions(file.state, file.spec))
+    if not isinstance(codec, LearnedCodec):
+        return False
+    known = codec.directions(file.state, file.spec)
+    return any(factor.kind == "A" and factor.name in known for factor in file.spec)
 
 
 def _span(rounds: Sequence[int]) -> str:
