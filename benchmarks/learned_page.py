@@ -16,7 +16,11 @@ from codec_pages import BLOCK, ROOT, fill, percent, plus_minus, result_file, tab
 PAGE = ROOT / "docs" / "learned-codec.md"
 FACE = ROOT / "README.md"
 MIB = 2**20
-CLOSED_LOOPS = {"MedQuAD": "learned/medquad.json", "ablation": "learned/ablation.json"}
+CLOSED_LOOPS = {
+    "MedQuAD": "learned/medquad.json",
+    "ablation at 1/1000": "learned/ablation_0.032.json",
+    "ablation at 1/500": "learned/ablation_0.064.json",
+}
 
 
 def main() -> None:
