@@ -13,7 +13,7 @@ complete are read, not run again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +21,8 @@ from unittest.mock import patch
 from common import RESULTS
 
 from cgfedllm import api, load_config
-from cgfedllm.codecs.learned import axes, codec
+from cgfedllm.codecs.learned import axes
+from cgfedllm.codecs.learned.codec import Learned
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "flagship-medquad.toml"
@@ -41,15 +42,15 @@ ROWS = {
     "no weights": f"{ALL},uplink.options.metric=parameters",
     "no error feedback": f"{ALL},uplink.error_feedback=false",
     "training everywhere": f"{LEARNED},{STATE}",
+    "no entropy model": ALL,
+    "no share of clients in weights": ALL,
+    "pieces instead of rows": ALL,
 }
-# label: settings, and constants to run them with
-CHANGED: dict[str, tuple[str, Mapping[tuple[Any, str], Any]]] = {
-    "no entropy model": (ALL, {(axes, "CLASSES"): 1, (axes, "KNOWN_CLASSES"): 1}),
-    "no share of clients in weights": (
-        ALL,
-        {(axes, "KNOWN_WORTH"): 1.0, (axes, "GROWN_WORTH"): 1.0},
-    ),
-    "pieces instead of rows": (ALL, {(codec.Learned, "pieces_from"): 0.0}),
+# label: constants of the codec that it runs with
+CONSTANTS: dict[str, list[tuple[Any, str, float]]] = {
+    "no entropy model": [(axes, "CLASSES", 1), (axes, "KNOWN_CLASSES", 1)],
+    "no share of clients in weights": [(axes, "KNOWN_WORTH", 1.0), (axes, "GROWN_WORTH", 1.0)],
+    "pieces instead of rows": [(Learned, "pieces_from", 0.0)],
 }
 
 
@@ -65,21 +66,14 @@ def main() -> None:
     settings = [f"name=ablation-{given.bpp:g}", f"federation.rounds={ROUNDS}", "evaluation.every=5"]
     config = load_config(CONFIG, settings)
 
-    def variant(label: str, text: str) -> str:
-        filled = text.format(bpp=given.bpp, state=given.state, elsewhere=given.elsewhere)
-        return f"{label}:{filled}"
-
-    rows = given.rows.split(",") if given.rows else [*ROWS, *CHANGED]
     variants = []
-    for label in rows:
-        text, constants = CHANGED.get(label) or (ROWS[label], {})
-        variants.append(variant(label, text))
-        for (where, name), value in constants.items():
-            patch.object(where, name, value).start()
-        try:
+    for label in given.rows.split(",") if given.rows else ROWS:
+        text = ROWS[label].format(bpp=given.bpp, state=given.state, elsewhere=given.elsewhere)
+        variants.append(f"{label}:{text}")
+        with ExitStack() as patches:
+            for where, name, value in CONSTANTS.get(label, []):
+                patches.enter_context(patch.object(where, name, value))
             api.compare(config, [], seeds, variants=variants[-1:])
-        finally:
-            patch.stopall()
     # all are complete: they are read, not run
     to = RESULTS / "learned" / f"ablation_{given.bpp:g}.json"
     print(api.compare(config, [], seeds, variants=variants, results=to).results)
