@@ -43,13 +43,11 @@ ROWS = {
     "no error feedback": f"{ALL},uplink.error_feedback=false",
     "training everywhere": f"{LEARNED},{STATE}",
     "no entropy model": ALL,
-    "no share of clients in weights": ALL,
     "pieces instead of rows": ALL,
 }
 # label: constants of the codec that it runs with
 CONSTANTS: dict[str, list[tuple[Any, str, float]]] = {
     "no entropy model": [(axes, "CLASSES", 1), (axes, "KNOWN_CLASSES", 1)],
-    "no share of clients in weights": [(axes, "KNOWN_WORTH", 1.0), (axes, "GROWN_WORTH", 1.0)],
     "pieces instead of rows": [(Learned, "pieces_from", 0.0)],
 }
 

@@ -18,6 +18,8 @@ FACE = ROOT / "README.md"
 MIB = 2**20
 CLOSED_LOOPS = {
     "MedQuAD": "learned/medquad.json",
+    "Dolly": "learned/dolly.json",
+    "forty clients": "learned/forty_clients.json",
     "ablation at 1/1000": "learned/ablation_0.032.json",
     "ablation at 1/500": "learned/ablation_0.064.json",
 }

@@ -525,8 +525,9 @@ def bench_codecs(
     codecs : sequence of str
         ``NAME`` or ``NAME:key=value,key=value``; by default all that need no training.
     codec_files : sequence of path-like
-        Pre-trained codecs (`pretrain` writes them), each refused where it was fitted on an update
-        that is measured: the measured ones are of the later half of a recording's rounds.
+        Pre-trained codecs (`pretrain` writes them), at every rate if they have one to set. Each is
+        refused where it was fitted on an update that is measured: the measured ones are of the
+        later half of a recording's rounds.
     peers : sequence of str
         Other projects' compressors to measure beside them, by name (`analysis.peers`); none by
         default.

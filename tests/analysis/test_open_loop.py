@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from cgfedllm.adapter import AdapterUpdate, Float32Array
+from cgfedllm.analysis.coding import CodecCoder
 from cgfedllm.analysis.fidelity import Fidelity
+from cgfedllm.analysis.fitted import Fitted
 from cgfedllm.analysis.open_loop import PREVIOUS, PREVIOUS_SCALED, measure
 from cgfedllm.analysis.open_loop_rows import OpenLoop, OpenLoopRow
 from cgfedllm.analysis.samples import choose, spread
 from cgfedllm.analysis.trials import Trial, read_candidate, trials
 from cgfedllm.codecs import Codec, CodecContext, CodecOptions, base, make_codec, register
 from cgfedllm.errors import CodecError, ConfigError, RecordingError
+from cgfedllm.tgap.codec_file import CodecFile
 
 from .recordings import SPEC, noise, write_recording
 
@@ -228,6 +231,23 @@ class TestTrials:
         assert [t.label for t in trials([("first", {})], (0.1, 1.0))] == [
             "first:bpp=0.1", "first:bpp=1.0",
         ]  # fmt: skip
+
+    def test_a_codec_file_serves_every_rate(self, tmp_path: Path) -> None:
+        spec = write_recording(tmp_path / "r").spec
+        codec = make_codec("learned", {"bpp": 0.1, "directions": 4})
+        state = codec.initial_state(spec)
+        options = codec.options.model_dump(mode="json")
+        file = CodecFile("learned", codec.version, options, spec, state)
+        tried = trials([], (0.1, 1.0), [Fitted("mine", file)])
+        assert [t.label for t in tried] == [
+            "learned:bpp=0.1,state=mine", "learned:bpp=1.0,state=mine",
+        ]  # fmt: skip
+        assert [t.asked_bpp for t in tried] == [0.1, 1.0]
+        for trial in tried:
+            made = trial.make(spec)
+            assert isinstance(made, CodecCoder)
+            assert made.state == state
+            assert made.codec.options.model_dump() == {**options, "bpp": trial.asked_bpp}
 
     def test_reading_a_candidate(self, rated: type[Codec]) -> None:
         assert read_candidate("raw") == ("raw", {})

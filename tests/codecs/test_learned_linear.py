@@ -145,7 +145,7 @@ def test_what_lies_along_the_directions_comes_back(metric: str) -> None:
 
 
 def test_what_is_cut_off_comes_with_error_feedback() -> None:
-    codec, wanted = linear(**ALL, scale_exponent=-14), along(1)
+    codec, wanted = linear(**ALL, scale_exponent=-15), along(1)
     residual, sent = None, AdapterUpdate.zeros(SPEC)
     far = []
     for round_ in range(1, 13):

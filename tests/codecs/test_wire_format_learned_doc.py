@@ -327,14 +327,13 @@ class Axes:
 
     def _along(self, held, forward, u) -> None:  # type: ignore[no-untyped-def]
         rest = [1.0] * self.layers
-        effect = self.axes in (2, 6)
         sets = []
         if held.state:
             shares = [held.state.energies[i][:-1] for i in self.places]
             weights = [[1.0] * len(own) for own in shares]
-            if effect:
+            if self.axes in (2, 6):
                 roots = [[math.sqrt(w) for w in held.state.weights[i]] for i in self.places]
-                weights = [[2 * w for w in own[:-1]] for own in roots]
+                weights = [own[:-1] for own in roots]
                 rest = [own[-1] for own in roots]
             sets.append(([held.directions(i) for i in self.places], shares, weights))
         if self.axes in (5, 6):
@@ -359,7 +358,7 @@ class Axes:
                 pairs = zip(q, there, strict=True)
                 shares.append([v / (total or 1.0) if ok else 0.0 for v, ok in pairs])
             if any(v for own in vectors for row in own for v in row):
-                weights = [[8.0 * w if effect else w] * self.ranks for w in rest]
+                weights = [[w] * self.ranks for w in rest]
                 sets.append((vectors, shares, weights))
         if not sets:
             return

@@ -111,7 +111,8 @@ def trials(
     rates : sequence of float
         Bits per parameter.
     fitted : sequence of Fitted
-        Codec files; each at the options it was fitted with.
+        Codec files, each with the options it was fitted with: one whose codec has an option
+        ``bpp`` at every rate too, since its state serves them all.
 
     Raises
     ------
@@ -126,4 +127,9 @@ def trials(
             result.append(Trial(name, options, float(options["bpp"])))
         else:
             result += [Trial(name, {**options, "bpp": rate}, rate) for rate in rates]
-    return result + [Trial(one.file.name, {}, fitted=one) for one in fitted]
+    for one in fitted:
+        asked: Sequence[float | None] = rates if "bpp" in one.file.options else [None]
+        result += [
+            Trial(one.file.name, {} if rate is None else {"bpp": rate}, rate, one) for rate in asked
+        ]
+    return result

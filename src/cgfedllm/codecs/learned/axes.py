@@ -18,10 +18,6 @@ it in the update itself.
 Inputs have a large mean, so most of it lies along one direction of the rank axis, which B has grown
 along already; and errors at the residual stream are alike in all layers, so rows of layers are
 alike as well. Both ends hold the adapter: these directions cost no bytes, and move as it does.
-
-*What clients share.* The server takes the mean, in which what clients have for themselves averages
-out, so what they have in common counts for more. There is more of that along what is known, and by
-far the most where the adapter has grown: errors there weigh `KNOWN_WORTH` and `GROWN_WORTH` times.
 """
 
 from __future__ import annotations
@@ -54,10 +50,6 @@ CLASSES = 16
 KNOWN_CLASSES = 5
 """The same of coefficients of known directions, three octaves each; the state's and those where the
 adapter has grown have their own."""
-KNOWN_WORTH = 2.0
-"""How much more an error counts along the state's directions than elsewhere."""
-GROWN_WORTH = 8.0
-"""The same along those in which the adapter has grown."""
 
 _KNOWN_WIDTH = 3
 # what no direction's weight falls below, as a share of the mean weight of changes of B
@@ -186,22 +178,20 @@ class _Finder:
             Energies foretold of rows.
         """
         rest = np.ones(len(group))
-        effect = self._metric == "effect"
         parts = []
         if self._known:
             own = [self._known[factor.name] for factor in group]
             weights = np.ones((len(own), own[0].weights.size))
-            if effect:
+            if self._metric == "effect":
                 weights = np.sqrt(np.stack([each.weights for each in own]))
             shares = np.stack([each.energies for each in own])[:, :-1]
-            rest, weights = weights[:, -1], weights[:, :-1] * (KNOWN_WORTH if effect else 1.0)
+            rest, weights = weights[:, -1], weights[:, :-1]
             parts.append((np.stack([each.vectors for each in own]), shares, weights))
         if self._origin is not None:
             beside, along = self._grown(group)
             vectors, shares = grown_directions(times(forward, beside), times(forward, along))
             if vectors.any():
-                worth = GROWN_WORTH if effect else 1.0
-                weights = np.broadcast_to(worth * rest[:, None], shares.shape)
+                weights = np.broadcast_to(rest[:, None], shares.shape)
                 parts.append((vectors, shares, weights))
         if not parts:
             return None
