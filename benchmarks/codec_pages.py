@@ -58,8 +58,8 @@ class Numbers:
     """What the result files hold."""
 
     def __init__(self) -> None:
-        self.open = _csv("open_loop/codecs.csv")
-        self.facts = _csv("open_loop/structure.csv")
+        self.open = csv_file("open_loop/codecs.csv")
+        self.facts = csv_file("open_loop/structure.csv")
         self.speed = result_file("codec_speed.json").get("results", [])
         summary = result_file("compare_medquad.json")["summary"]
         self.closed = {row["candidate"]: row for row in summary if row["final_nll"]["n"]}
@@ -207,7 +207,7 @@ def table_of(heads: list[str], rows: Iterable[list[str]], first: str = "") -> st
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _csv(name: str) -> list[Row]:
+def csv_file(name: str) -> list[Row]:
     path = RESULTS / name
     if not path.exists():
         return []

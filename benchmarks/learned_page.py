@@ -8,10 +8,11 @@ Blocks are marked as in docs/codecs.md.
 
 from __future__ import annotations
 
+import json
 import statistics
 from typing import Any
 
-from codec_pages import BLOCK, ROOT, fill, percent, plus_minus, result_file, table_of
+from codec_pages import BLOCK, ROOT, Row, csv_file, fill, percent, plus_minus, result_file, table_of
 
 PAGE = ROOT / "docs" / "learned-codec.md"
 FACE = ROOT / "README.md"
@@ -23,6 +24,7 @@ CLOSED_LOOPS = {
     "ablation at 1/1000": "learned/ablation_0.032.json",
     "ablation at 1/500": "learned/ablation_0.064.json",
 }
+OPEN_LOOP = ("`learned`", "own state", "others' states", "best other codec")
 
 
 def main() -> None:
@@ -38,11 +40,47 @@ def filled(page: str) -> str:
 def _block(name: str) -> str:
     if name == "TGAP":
         return _directions(result_file("learned/directions.json")["results"])
+    if name == "open loop":
+        return _open_loop(csv_file("learned/open_loop/codecs.csv"))
     if name == "speed":
         return _speed(result_file("learned/speed.json")["results"])
     if name == "flagship":
         return _headline(result_file(CLOSED_LOOPS["MedQuAD"]))
     return _closed_loop(result_file(CLOSED_LOOPS[name]))
+
+
+def _open_loop(measured: list[Row]) -> str:
+    """Four rows a recording: `learned` without a state, with its own, with others'; the rival."""
+    measured = [row for row in measured if row["asked_bpp"]]
+    rates = sorted({float(row["asked_bpp"]) for row in measured})
+    rows = []
+    for recording in dict.fromkeys(row["recording"] for row in measured):
+        cells: dict[str, list[str]] = {name: [] for name in OPEN_LOOP}
+        for rate in rates:
+            found = [
+                row
+                for row in measured
+                if row["recording"] == recording and float(row["asked_bpp"]) == rate
+            ]
+            own: dict[str, float] = {}
+            best, rival = max(
+                (float(row["snr_db"]), row["codec"]) for row in found if row["codec"] != "learned"
+            )
+            for row in found:
+                if row["codec"] == "learned":
+                    state = json.loads(row["options"]).get("state", "").removesuffix("-tgap")
+                    own[state] = float(row["snr_db"])
+            others = [snr for state, snr in own.items() if state not in ("", recording)]
+            told = (
+                f"{own['']:.2f}",
+                f"{own[recording]:.2f}",
+                f"{min(others):.2f} to {max(others):.2f}",
+                f"{best:.2f} (`{rival}`)",
+            )
+            for name, text in zip(OPEN_LOOP, told, strict=True):
+                cells[name].append(text)
+        rows += [[f"{recording}: {name}", *texts] for name, texts in cells.items()]
+    return table_of([f"{rate:g} bpp" for rate in rates], rows, first="updates, codec")
 
 
 def _speed(results: list[dict[str, Any]]) -> str:
