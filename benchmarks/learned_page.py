@@ -20,6 +20,7 @@ MIB = 2**20
 CLOSED_LOOPS = {
     "MedQuAD": "learned/medquad.json",
     "Dolly": "learned/dolly.json",
+    "Dolly at 1/200": "learned/dolly_200.json",
     "forty clients": "learned/forty_clients.json",
     "ablation at 1/1000": "learned/ablation_0.032.json",
     "ablation at 1/500": "learned/ablation_0.064.json",
